@@ -1,0 +1,13 @@
+"""Modules:
+
+- `onecycle_prune.callback`: When fastai calls: pruning in the batches of a training
+- `onecycle_prune.criteria`: How much a weight matters
+- `onecycle_prune.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
+- `onecycle_prune.granularity`: What goes together: single weights, or groups of them
+- `onecycle_prune.layers`: Which modules are pruned, and what falls silent with them
+- `onecycle_prune.report`: What came out: tables and plots
+- `onecycle_prune.schedule`: When: how far pruning has come, at each position of the training
+- `onecycle_prune.selection`: Which go: exactly k of a pool, ties included
+- `onecycle_prune.sparsifier`: When, what and which, on one model"""
+
+__version__ = "0.0.1"

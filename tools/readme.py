@@ -1,0 +1,38 @@
+"Write README.md from nbs/index.ipynb: what nbdev-readme does, without its need for Quarto."
+import re
+from base64 import b64decode
+from pathlib import Path
+from shutil import rmtree
+from textwrap import indent
+
+from fastcore.nbio import read_nb
+
+figures = Path('index_files')
+
+
+def output(out, figure, alt):
+    "Markdown of one output; a picture goes to the file `figure`. HTML is left out: GitHub drops its styles."
+    data = out.get('data', {})
+    if 'image/png' in data:
+        figures.mkdir(exist_ok=True)
+        figure.write_bytes(b64decode(data['image/png']))
+        return f'![{alt}]({figure.as_posix()})'
+    if 'text/markdown' in data: return ''.join(data['text/markdown']).strip()
+    return indent(''.join(data.get('text/plain') or out.get('text', '')).rstrip(), '    ')
+
+
+def blocks(cell):
+    "Blocks of Markdown that `cell` becomes"
+    options = cell.directives
+    if 'hide' in options: return
+    cell.remove_directives()
+    if cell.cell_type == 'markdown': yield re.sub(r'\]\((?![a-z]+:|#)', '](nbs/', cell.source)
+    elif options.get('echo') != 'false': yield f'```python\n{cell.source.strip()}\n```'
+    for i, out in enumerate(cell.get('outputs', [])):
+        yield output(out, figures/f'{cell.id}-{i}.png', options.get('fig-alt', ''))
+
+
+rmtree(figures, ignore_errors=True)
+cells = read_nb('nbs/index.ipynb').cells
+text = '\n\n'.join(b for cell in cells for b in blocks(cell) if b.strip())
+Path('README.md').write_text('<!-- Written from nbs/index.ipynb by `make prepare` -->\n\n' + text + '\n', encoding='utf-8')
