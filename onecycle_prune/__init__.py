@@ -10,4 +10,4 @@
 - `onecycle_prune.selection`: Which go: exactly k of a pool, ties included
 - `onecycle_prune.sparsifier`: When, what and which, on one model"""
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"

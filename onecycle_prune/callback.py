@@ -9,16 +9,15 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/callback.html.md"""
 # %% auto #0
 __all__ = ['SparsifyCallback']
 
-# %% ../nbs/05_callback.ipynb #4178f16c
+# %% ../nbs/05_callback.ipynb #896676a9
 from fastai.learner import Callback, Recorder
 from fastcore.basics import store_attr
 from .criteria import get_criteria
 from .granularity import conv, get_granularity, linear
-from .naming import refuse
 from .schedule import get_schedule
-from .sparsifier import Sparsifier, check_sparsity
+from .sparsifier import Sparsifier, check_sparsity, get_context
 
-# %% ../nbs/05_callback.ipynb #3107afdb
+# %% ../nbs/05_callback.ipynb #82650ec3
 class SparsifyCallback(Callback):
     "Prune the model while it trains, from the first batch to the last (Hubens et al., *One-Cycle Pruning*, arXiv 2107.02086)"
     order,run_valid,remove_on_fetch = Recorder.order+1,False,True
@@ -31,10 +30,9 @@ class SparsifyCallback(Callback):
         layers=(conv, linear) # Which modules: classes, names, modules, or a function of a module to bool
     ):
         "Raises `ValueError` where an argument is not one of these, with what is allowed and the nearest right word"
-        if context not in ('local', 'global'): refuse('context', context, ['local', 'global'])
-        get_criteria(criteria)
-        sparsity = check_sparsity(sparsity, get_granularity(granularity).sparsity)
-        schedule = get_schedule(schedule)
+        # the sparsifier will ask for these again; asked for here, a slip is answered at once
+        get_context(context),get_criteria(criteria)
+        sparsity,schedule = check_sparsity(sparsity, get_granularity(granularity).sparsity),get_schedule(schedule)
         store_attr()
 
     def before_fit(self):
@@ -42,7 +40,9 @@ class SparsifyCallback(Callback):
         # the search for a learning rate is no training, and leaves the model as it was
         self.run = not hasattr(self.learn, 'lr_finder')
         self.sparsifier = None
-        if self.run and hasattr(self.learn, 'recorder'): self.recorder.metric_names.insert(self._column, 'sparsity')
+        if self.run and hasattr(self.learn, 'recorder'):
+            names = self.recorder.metric_names
+            names.insert(len(names) - self.recorder.add_time, 'sparsity') # the time comes last
 
     def before_train(self):
         "Meet the model, and refuse what cannot be done with it"
@@ -66,6 +66,3 @@ class SparsifyCallback(Callback):
         "Write the column: the fraction of the groups that are gone"
         if self.sparsifier is None or not hasattr(self.learn, 'recorder'): return
         self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
-
-    @property
-    def _column(self): return len(self.recorder.metric_names) - self.recorder.add_time

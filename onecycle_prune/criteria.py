@@ -10,8 +10,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/criteria.html.md"""
 __all__ = ['criteria', 'large_final', 'small_final', 'taylor', 'Criteria', 'large_init', 'large_init_large_final',
            'magnitude_increase', 'movement', 'updating_movement', 'get_criteria']
 
-# %% ../nbs/01_criteria.ipynb #960f8188
-import torch
+# %% ../nbs/01_criteria.ipynb #2de2aba8
+import sys,torch
 from fastcore.basics import store_attr
 from functools import update_wrapper
 from .naming import refuse
@@ -38,7 +38,7 @@ Molchanov et al., arXiv 1611.06440). Raises `ValueError` where there is no gradi
     if m.weight.grad is None: raise ValueError(f"'taylor' scores |w·g|, and {m} has no gradient: prune after `backward` and before `zero_grad`.")
     return (m.weight * m.weight.grad).abs()
 
-# %% ../nbs/01_criteria.ipynb #d085ce43
+# %% ../nbs/01_criteria.ipynb #e1550c40
 class Criteria:
     "A criterion that compares a weight with what it was: `f(weight, memory)` → scores in the weight's shape"
     def __init__(self,
@@ -51,8 +51,11 @@ class Criteria:
         update_wrapper(self, f)
 
     def __call__(self, m, memory): return self.f(m.weight, memory)
-    # pickled and copied by name, as a function is: the decorated function is not to be found under its own
-    def __reduce__(self): return self.__qualname__
+
+    def __reduce__(self):
+        "Pickle a decorated function by its name, under which not the function but this is found; another by its parts"
+        name = getattr(self, '__qualname__', '')
+        return name if getattr(sys.modules[self.__module__], name, None) is self else (Criteria, (self.f, self.memory))
 
 # %% ../nbs/01_criteria.ipynb #d155a859
 @Criteria

@@ -104,7 +104,7 @@ class Granularity:
         "Spread a mask of groups to the weights they hold"
         return mask.expand_as(by_axes(m.weight, m)).flatten(0, 1)
 
-# %% ../nbs/02_granularity.ipynb #fd314638
+# %% ../nbs/02_granularity.ipynb #fc7bec19
 class NM(Granularity):
     "Single weights, of which `n` stay in every `m` along the input channels (Mishra et al., *Accelerating Sparse DNNs*, arXiv 2104.08378)"
     def __init__(self, name):
@@ -120,12 +120,18 @@ class NM(Granularity):
         return f"{n} input channels do not divide by {self.m}, as {self} needs" if n % self.m else ''
 
     def _dims(self, m): return ()
+    def _runs(self, t, m): return t.movedim(axes(m).index('i'), -1).unflatten(-1, (-1, self.m))
+    def _from_runs(self, runs, m): return runs.flatten(-2).movedim(-1, axes(m).index('i'))
+
+    def zeros(self, m):
+        # zeros that the pattern has no room for, as in a layer that starts with them, are not gone
+        runs = self._runs(super().zeros(m), m)
+        return self._from_runs(runs & (runs.cumsum(-1) <= self.m-self.n), m)
 
     def limit(self, scores, gone, m):
-        i = axes(m).index('i')
-        runs = scores.masked_fill(gone, -torch.inf).movedim(i, -1).unflatten(-1, (-1, self.m))
+        runs = self._runs(scores.masked_fill(gone, -torch.inf), m)
         rank = runs.argsort(dim=-1, stable=True).argsort(dim=-1)
-        return runs.masked_fill(rank >= self.m-self.n, torch.inf).flatten(-2).movedim(-1, i)
+        return self._from_runs(runs.masked_fill(rank >= self.m-self.n, torch.inf), m)
 
 # %% ../nbs/02_granularity.ipynb #b37a1cc0
 def get_granularity(

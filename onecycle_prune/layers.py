@@ -9,26 +9,23 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/layers.html.md"""
 # %% auto #0
 __all__ = ['prunable', 'match', 'choose', 'batchnorms_after']
 
-# %% ../nbs/03_layers.ipynb #1f983cfd
-import copy,operator,torch,torch.nn.functional as F
-from itertools import chain
+# %% ../nbs/03_layers.ipynb #f717107a
+import copy,torch,torch.nn.functional as F
 from torch import fx,nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from warnings import warn
-from fastai.callback.training import bn_types
 from .naming import refuse
 from .granularity import conv, linear, Granularity
 
-# %% ../nbs/03_layers.ipynb #1306ac7b
+# %% ../nbs/03_layers.ipynb #5014ae34
 def prunable(
     model:nn.Module # Any model
 )->dict: # {name: module}, in the order of `model.named_modules()`
-    "The convolutions and linear layers of `model`; layers that share one weight are listed once, under the first name"
-    res,seen = {},set()
-    for name,m in model.named_modules():
-        if not isinstance(m, conv+linear) or id(m.weight) in seen: continue
-        seen.add(id(m.weight))
-        res[name] = m
-    return res
+    "The convolutions and linear layers of `model` that have weights; those that share one are listed once, under the first name"
+    # a weight that is computed anew at each look has to be held, or the next one may get its id
+    named = [(n, m, m.weight) for n,m in model.named_modules() if isinstance(m, conv+linear)]
+    first = {id(w): n for n,_,w in reversed(named) if w.numel()}
+    return {n: m for n,m,w in named if first.get(id(w))==n}
 
 # %% ../nbs/03_layers.ipynb #ffbfdc29
 def match(
@@ -80,45 +77,57 @@ def _check(name, m, granularity):
     if granularity.unfit(m): raise ValueError(f"{layer} cannot be pruned so: {granularity.unfit(m)}. Leave it out with `layers`.")
     if not m.weight.isfinite().all(): raise ValueError(f"{layer} has NaN or infinite weights, which cannot be ranked.")
 
-# %% ../nbs/03_layers.ipynb #591d9a94
+# %% ../nbs/03_layers.ipynb #f94422eb
 def batchnorms_after(
     model:nn.Module, # Any model
     layers:list # Modules of it
 )->dict: # {module: list of batch norms}, for those of `layers` that have one
-    "The batch norms fed by each of `layers` alone, directly or through activations and dropout that keep a zero"
+    "The batch norms that nothing but one of `layers` feeds, directly or through activations and dropout that keep a zero"
     res = {}
     for part,graph in _graphs(model):
-        modules = dict(part.named_modules())
-        calls = [n.target for n in graph.nodes if n.op=='call_module']
+        modules,sources = dict(part.named_modules()),{}
         for node in graph.nodes:
-            if node.op=='call_module' and any(modules[node.target] is m for m in layers):
-                bns = [modules[t] for t in _bns_behind(node, modules) if calls.count(t)==1]
-                if bns: res.setdefault(modules[node.target], []).extend(bns)
+            bn = _module(node, modules)
+            if isinstance(bn, _BatchNorm): sources.setdefault(bn, set()).add(_source(node.all_input_nodes[0], modules))
+        for bn,fed_by in sources.items():
+            for m in layers:
+                if fed_by == {m}: res.setdefault(m, []).append(bn)
     return res
 
-# %% ../nbs/03_layers.ipynb #a8baa656
+# %% ../nbs/03_layers.ipynb #3b8d7f87
 class _Tracer(fx.Tracer):
     "Layers and batch norms stay whole, subclasses too"
-    def is_leaf_module(self, m, name): return isinstance(m, conv+linear+bn_types) or super().is_leaf_module(m, name)
+    def is_leaf_module(self, m, name): return isinstance(m, conv+linear+(_BatchNorm,)) or super().is_leaf_module(m, name)
 
-# %% ../nbs/03_layers.ipynb #cb29b216
+# %% ../nbs/03_layers.ipynb #c2bd2313
 def _graphs(model):
     "The traced graph of `model`, or those of its largest parts that can be traced, each with the part"
-    try:
-        shell = copy.deepcopy(model, {id(p):p for p in model.parameters()})
-        yield model, _Tracer().trace(shell)
+    try: yield model, _Tracer().trace(_shell(model, {}))
     except Exception: # whatever a forward does with a tensor that is none; its parts may still be plain
         for child in model.children(): yield from _graphs(child)
 
-# %% ../nbs/03_layers.ipynb #4ce9da6d
+# %% ../nbs/03_layers.ipynb #d4996f09
+def _shell(m, made):
+    "New modules around the parameters of `m`; a module that is in several places is `made` once"
+    if m is None or id(m) in made: return made.get(id(m))
+    new = made[id(m)] = type(m).__new__(type(m))
+    for k,v in vars(m).items(): vars(new)[k] = copy.copy(v) if isinstance(v, (list, dict, set)) else v
+    for k,v in vars(new).items():
+        if k.endswith('_hooks') and isinstance(v, dict): v.clear()
+    vars(new)['_buffers'] = {k: b if b is None else b.clone() for k,b in m._buffers.items()}
+    vars(new)['_modules'] = {k: _shell(c, made) for k,c in m._modules.items()}
+    return new
+
+# %% ../nbs/03_layers.ipynb #0af6bd0e
 _keeps_zero = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh,
     nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity)
-_keeps_zero_f = (torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, torch.tanh,
-    F.dropout, 'relu', 'relu_', 'tanh')
+_keeps_zero_f = dict(call_method=('relu', 'relu_', 'tanh'), call_function=(torch.relu, torch.tanh, F.relu, F.relu6,
+    F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.dropout))
 
-def _bns_behind(node, modules):
-    "Names of the batch norms that `node` feeds, if what lies between keeps a zero"
-    for user in node.users:
-        m = modules[user.target] if user.op=='call_module' else None
-        if isinstance(m, bn_types): yield user.target
-        elif isinstance(m, _keeps_zero) or user.target in _keeps_zero_f: yield from _bns_behind(user, modules)
+def _module(node, modules): return modules[node.target] if node.op=='call_module' else None
+
+def _source(node, modules):
+    "The module that `node` comes from through what keeps a zero; the node itself where it is no module's"
+    m = _module(node, modules)
+    if isinstance(m, _keeps_zero) or node.target in _keeps_zero_f.get(node.op, ()): return _source(node.all_input_nodes[0], modules)
+    return node if m is None else m

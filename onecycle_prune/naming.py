@@ -10,7 +10,7 @@ __all__ = ['refuse']
 # %% ../nbs/00_naming.ipynb #e43c8112
 from difflib import get_close_matches
 
-# %% ../nbs/00_naming.ipynb #5ef63dfc
+# %% ../nbs/00_naming.ipynb #09b6fe80
 def refuse(
     what:str, # What was being chosen, as 'schedule'
     given, # What the user gave, of any type
@@ -20,6 +20,6 @@ def refuse(
     "Raise a `ValueError` that says what was `given`, what is `allowed`, and the nearest right spelling"
     allowed = [str(o) for o in allowed]
     word = given if isinstance(given, str) else getattr(given, '__name__', '')
-    near = get_close_matches(word.lower(), allowed, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ''
+    lower = {o.lower(): o for o in allowed}
+    hint = ''.join(f" Did you mean '{lower[o]}'?" for o in get_close_matches(word.lower(), lower, n=1))
     raise ValueError(f"Unknown {what}: {given!r}.{hint} Allowed: {', '.join(allowed)}{also and f', or {also}'}.")

@@ -143,11 +143,12 @@ def plot_schedules(
     ax.legend()
     return ax
 
-# %% ../nbs/00_schedule.ipynb #d148aee1
+# %% ../nbs/00_schedule.ipynb #306810d7
 def _label(schedule):
     "What to call a schedule: its name here, the name of its function, or its class"
     for name,s in schedules.items():
-        if schedule is s or schedule==name: return name
-    f = getattr(schedule, 'f', schedule)
-    f = getattr(f, 'func', f)
-    return getattr(f, '__name__', type(f).__name__)
+        if schedule is s or schedule == name: return name
+    # what a `Schedule`, one of fastai's annealings or a partial goes by is the function inside
+    for inner in ('f', 'func'):
+        if hasattr(schedule, inner): return _label(getattr(schedule, inner))
+    return getattr(schedule, '__name__', type(schedule).__name__)

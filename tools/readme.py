@@ -2,6 +2,7 @@
 import re
 from base64 import b64decode
 from pathlib import Path
+from posixpath import normpath
 from shutil import rmtree
 from textwrap import indent
 
@@ -26,7 +27,7 @@ def blocks(cell):
     options = cell.directives
     if 'hide' in options: return
     cell.remove_directives()
-    if cell.cell_type == 'markdown': yield re.sub(r'\]\((?![a-z]+:|#)', '](nbs/', cell.source)
+    if cell.cell_type == 'markdown': yield re.sub(r'\]\((?![a-z]+:|#)([^)]*)', lambda m: f"]({normpath('nbs/'+m[1])}", cell.source)
     elif options.get('echo') != 'false': yield f'```python\n{cell.source.strip()}\n```'
     for i, out in enumerate(cell.get('outputs', [])):
         yield output(out, figures/f'{cell.id}-{i}.png', options.get('fig-alt', ''))

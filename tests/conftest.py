@@ -1,0 +1,70 @@
+"A tiny learner that is the same each time it is made, and what several test files read off its model."
+import matplotlib
+matplotlib.use('Agg')
+
+from functools import partial
+
+import pytest, torch
+from fastai.basics import Categorize, DataLoader, DataLoaders, Datasets, Learner, SGD, noop
+from fastai.callback.progress import ProgressCallback
+from torch import nn
+
+quick_sgd = partial(SGD, mom=.9)
+
+
+def tiny_net():
+    "Two convolutions with batch norms and a linear layer, the same weights each time; its layers are named 0, 3 and 8"
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+
+def tiny_data(n=48):
+    "Images of noise, with classes that can be learned from their channels"
+    x = torch.randn(n, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    return x, x.mean((2, 3)).argmax(1)
+
+
+def tiny_dls(bs=8):
+    "Five batches to train on, the last one smaller, and a validation set, always in the same order"
+    items = list(zip(*tiny_data()))
+    return DataLoaders(DataLoader(items[:36], bs=bs), DataLoader(items[36:], bs=bs))
+
+
+def hush(learn):
+    "Without a progress bar or a table"
+    learn.remove_cbs(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
+@pytest.fixture
+def new_learner(tmp_path):
+    "A function that makes a learner, silent and with its files in a temporary folder; keywords go to `Learner`"
+    def _make(model=None, opt_func=quick_sgd, path=tmp_path, **kwargs):
+        return hush(Learner(tiny_dls(), model or tiny_net(), nn.CrossEntropyLoss(), opt_func=opt_func, path=path, **kwargs))
+    return _make
+
+
+@pytest.fixture
+def item_learner(tmp_path):
+    "A function that makes a learner whose data are items and transforms, so that it can predict one and be exported"
+    def _make(**kwargs):
+        x, y = tiny_data()
+        ds = Datasets(range(48), [[lambda i: x[i]], [lambda i: int(y[i]), Categorize()]], splits=[range(36), range(36, 48)])
+        dls = ds.dataloaders(bs=8, num_workers=0, device='cpu')
+        return hush(Learner(dls, tiny_net(), nn.CrossEntropyLoss(), path=tmp_path, **kwargs))
+    return _make
+
+
+def bits(model):
+    "A copy of everything in the `state_dict`"
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)  # of tensors or dicts of them, bit for bit
+
+
+def n_zeros(model):
+    "The number of zero weights of each convolution and linear layer, by name"
+    return {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}

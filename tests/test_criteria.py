@@ -1,0 +1,216 @@
+"Criteria meet numbers worked out by hand, alone and in the masks they lead to."
+import copy, pickle
+
+import pytest, torch
+from torch import nn, tensor
+
+import onecycle_prune.all
+from conftest import assert_same, bits
+from helpers import fill, line, zeros
+from onecycle_prune.criteria import Criteria, criteria, get_criteria
+from onecycle_prune.sparsifier import Sparsifier
+
+now, start = [.5, -2., 0., -1.], [-1., 1.5, .25, -1.]
+by_hand = dict(
+    large_final=[.5, 2, 0, 1],
+    small_final=[-.5, -2, 0, -1],
+    large_init=[1, 1.5, .25, 1],
+    large_init_large_final=[.5, 1.5, 0, 1],    # the smaller of the two magnitudes
+    magnitude_increase=[-.5, .5, -.25, 0],     # of magnitudes: -1 → .5 shrinks
+    movement=[1.5, 3.5, .25, 0],               # through zero and out on the other side is far
+    updating_movement=[1.5, 3.5, .25, 0])
+memories = dict(large_init='start', large_init_large_final='start', magnitude_increase='start', movement='start',
+                updating_movement='last')
+
+
+@pytest.mark.parametrize('name', by_hand)
+def test_scores(name):
+    m, args = line(*now), [tensor([start])] if name in memories else []
+    assert torch.equal(get_criteria(name)(m, *args), tensor([by_hand[name]]))
+    assert m.weight.tolist() == [now]
+
+
+@pytest.mark.parametrize('name', criteria)
+def test_memory(name): assert getattr(criteria[name], 'memory', None) == memories.get(name)
+
+
+def test_all_named(): assert set(criteria) == {*by_hand, 'random', 'taylor'}
+
+
+def test_taylor():
+    m = line(*now)
+    # d/dw of the sum of both outputs is the sum of both inputs: 4, 1, 9, -3
+    m(tensor([[1., 2., 4., 0.], [3., -1., 5., -3.]])).sum().backward()
+    assert torch.equal(criteria['taylor'](m), tensor([[2., 2., 0., 3.]]))
+
+
+def test_taylor_prunes():
+    m = line(3., 2., -1., 4.)
+    sp = Sparsifier(m, criteria='taylor')
+    m(tensor([[1., -1., 5., .1]])).sum().backward()
+    sp.prune(.5)  # 3, 2, 5, .4: by magnitude, the third would go
+    assert zeros(m) == [False, True, False, True]
+
+
+def test_taylor_without_gradient():
+    m = line(*now)
+    with pytest.raises(ValueError, match='taylor.*no gradient.*backward'): Sparsifier(m, criteria='taylor').prune(.5)
+    assert m.weight.tolist() == [now]
+
+
+# From `before` to `after`, all four rank otherwise:
+#   |w₀|         .4 .1  3  2     smallest: 1, 0
+#   |w|           2 .3 .2  1     smallest: 2, 1
+#   min          .4 .1 .2  1     smallest: 1, 2
+#   |w| - |w₀|  1.6 .2 -2.8 -1   smallest: 2, 3
+#   |w - w₀|    2.4 .2 2.8  3    smallest: 1, 0
+before, after = [.4, .1, 3., -2.], [-2., .3, .2, 1.]
+
+
+@pytest.mark.parametrize('name,going', [
+    ('large_init', [1, 0]), ('large_final', [2, 1]), ('large_init_large_final', [1, 2]),
+    ('magnitude_increase', [2, 3]), ('movement', [1, 0]), ('small_final', [0, 3])])
+def test_prunes(name, going):
+    for n in (1, 2):
+        m = line(*before)
+        sp = Sparsifier(m, criteria=name)
+        fill(m, after)
+        sp.prune(n/4)
+        assert zeros(m) == [i in going[:n] for i in range(4)]
+
+
+@pytest.mark.parametrize('name,going', [('movement', [3, 0]), ('updating_movement', [3, 2])])
+def test_start_and_last(name, going):
+    "`movement` measures from the start, `updating_movement` from the last pruning"
+    m = line(1., 1., 1., 1.)
+    sp = Sparsifier(m, criteria=name)
+    fill(m, [2., 3., 6., 1.])
+    sp.prune(.25)              # moved by 1, 2, 5, 0: the last goes
+    fill(m, [2.5, 4., 6.1, 0.])
+    sp.prune(.5)               # since the start 1.5, 3, 5.1; since the last pruning .5, 1, .1
+    assert zeros(m) == [i in going for i in range(4)]
+
+
+def test_last_without_change():
+    "A pruning that removes no more is one too: what moves is measured from there"
+    m = line(1., 1., 1., 1.)
+    sp = Sparsifier(m, criteria='updating_movement')
+    sp.prune(0)
+    fill(m, [1.1, 9., 9., 9.])
+    sp.prune(0)
+    fill(m, [2., 9., 9.5, 10.])
+    sp.prune(.25)              # .9, 0, .5, 1
+    assert zeros(m) == [False, True, False, False]
+
+
+def test_memory_is_a_copy():
+    "The start is remembered as it was, for each layer its own"
+    net = nn.Sequential(line(1., 2.), line(2., 1.))
+    sp = Sparsifier(net, criteria='large_init')
+    for m in net: m.weight.data.mul_(tensor([-5., 3.]))
+    sp.prune(.5)
+    assert [zeros(m) for m in net] == [[True, False], [False, True]]
+
+
+def test_plain_function():
+    def left_first(m): return torch.arange(m.weight.numel()).view_as(m.weight).float()
+    m = line(4., 3., 2., 1.)
+    Sparsifier(m, criteria=left_first).prune(.5)
+    assert zeros(m) == [True, True, False, False]
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16, torch.float64])
+def test_score_types(dtype):
+    "Ranks or marks are scores as well"
+    m = line(4., 3., 2., 1.)
+    Sparsifier(m, criteria=lambda m: tensor([[1, 0, 1, 0]], dtype=dtype)).prune(.5)
+    assert zeros(m) == [False, True, False, True]
+
+
+def test_user_criteria():
+    m = line(1., 1., 1.)
+    sp = Sparsifier(m, criteria=Criteria(lambda w, start: w - start))
+    fill(m, [0.5, 3., -4.])
+    sp.prune(1/3)
+    assert zeros(m) == [False, False, True]
+
+
+def shrinkage(w, start): return start - w
+
+shrunk = Criteria(shrinkage, memory='last')  # under another name than the function's
+
+
+@pytest.mark.parametrize('c', [*criteria.values(), shrunk], ids=[*criteria, 'shrunk'])
+@pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))],
+                         ids=['copy', 'deepcopy', 'pickle'])
+def test_copies(c, copied):
+    again, m = copied(c), line(*now)
+    m.weight.grad = tensor([[1., 2., 3., 4.]])
+    args = [tensor([start])] if hasattr(c, 'memory') else []
+    assert getattr(again, 'memory', None) == getattr(c, 'memory', None)
+    torch.manual_seed(0)
+    expected = c(m, *args)
+    torch.manual_seed(0)
+    assert torch.equal(again(m, *args), expected)
+
+
+def test_random():
+    m, random = line(*now), criteria['random']
+    a, b = random(m), random(m)
+    assert a.shape == b.shape == (1, 4) and not torch.equal(a, b)
+    torch.manual_seed(3)
+    a = random(m)
+    torch.manual_seed(3)
+    assert torch.equal(random(m), a)  # torch's own generator
+
+
+def test_random_prunes():
+    "Half of a thousand, spread over both halves, and blind to the size of a weight"
+    m = line(*range(1, 1001))
+    torch.manual_seed(0)
+    Sparsifier(m, criteria='random').prune(.5)
+    assert sum(zeros(m)) == 500 and 200 < sum(zeros(m)[:500]) < 300  # a standard deviation is 8
+
+
+def test_random_hides_nothing():
+    "Python's module of that name is what fastai's users have"
+    assert 'random' not in vars(onecycle_prune.all) and 'movement' in vars(onecycle_prune.all)
+
+
+@pytest.mark.parametrize('name,near', [
+    ('large_finale', 'large_final'), ('Movement', 'movement'), ('tailor', 'taylor'), ('magnitude', 'magnitude_increase'),
+    ('largeinit', 'large_init')])
+def test_nearest(name, near):
+    with pytest.raises(ValueError, match=f"Unknown criterion: '{name}'.*Did you mean '{near}'.*small_final"): get_criteria(name)
+
+
+@pytest.mark.parametrize('c', ['', 'qqq', None, 3, tensor([1.])])
+def test_unknown(c):
+    with pytest.raises(ValueError, match='Unknown criterion: .*large_final.*function'): get_criteria(c)
+
+
+def test_unknown_memory():
+    with pytest.raises(ValueError, match="memory: 'strat'.*Did you mean 'start'"): Criteria(shrinkage, memory='strat')
+
+
+def spoil(w, value):
+    w = w.clone()
+    w[0, 1] = value
+    return w
+
+wrong = dict(
+    nan=lambda w: spoil(w, torch.nan), inf=lambda w: spoil(w, torch.inf), minus_inf=lambda w: spoil(w, -torch.inf),
+    transposed=lambda w: w.T, flat=lambda w: w.flatten(), pooled=lambda w: w.mean(1), number=lambda w: 1., none=lambda w: None,
+    numpy=lambda w: w.numpy())
+
+
+@pytest.mark.parametrize('context', ['local', 'global'])
+@pytest.mark.parametrize('scores', wrong.values(), ids=wrong)
+def test_wrong_scores(scores, context):
+    "What cannot be ranked is refused with the name of the layer, and no weight of any layer has changed"
+    net = nn.ModuleDict(dict(fine=nn.Linear(3, 2), odd=nn.Linear(3, 2)))
+    sp = Sparsifier(net, context=context, criteria=lambda m: (scores if m is net.odd else abs)(m.weight.detach()))
+    w0 = bits(net)
+    with pytest.raises(ValueError, match="layer 'odd'"): sp.prune(.5)
+    assert_same(net.state_dict(), w0)
+    assert all(mask.all() for mask in sp.masks.values())

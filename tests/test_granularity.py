@@ -1,0 +1,271 @@
+"Groups meet loops over every single weight."
+from collections import defaultdict
+from itertools import product
+
+import pytest, torch
+from torch import nn
+
+from helpers import fill
+from onecycle_prune.granularity import Granularity, get_granularity, granularities
+from onecycle_prune.sparsifier import Sparsifier
+
+layers = dict(
+    conv1d=nn.Conv1d(4, 3, 3), conv2d=nn.Conv2d(3, 4, (2, 3)), conv3d=nn.Conv3d(2, 3, (2, 3, 2)),
+    up1d=nn.ConvTranspose1d(4, 3, 3), up2d=nn.ConvTranspose2d(3, 4, (2, 3)), up3d=nn.ConvTranspose3d(2, 3, (2, 3, 2)),
+    grouped1d=nn.Conv1d(4, 6, 2, groups=2), grouped2d=nn.Conv2d(6, 4, (2, 3), groups=2),
+    grouped3d=nn.Conv3d(4, 2, (1, 2, 3), groups=2), grouped_up1d=nn.ConvTranspose1d(4, 6, 2, groups=2),
+    grouped_up2d=nn.ConvTranspose2d(6, 4, (2, 3), groups=2), grouped_up3d=nn.ConvTranspose3d(4, 2, (1, 2, 3), groups=2),
+    depthwise=nn.Conv2d(5, 5, (2, 3), groups=5), multiplied=nn.Conv2d(3, 6, 2, groups=3),
+    depthwise_up=nn.ConvTranspose2d(5, 5, (2, 3), groups=5),
+    linear=nn.Linear(5, 4), last2d=nn.Conv2d(3, 4, (2, 3)).to(memory_format=torch.channels_last),
+    last_grouped=nn.Conv2d(6, 4, (2, 3), groups=2).to(memory_format=torch.channels_last))
+
+# Two weights are of one group if they share all of these: the output channel they make, the input channel they read,
+# and their place in depth, height and width.
+together = dict(
+    weight='out in d h w',
+    row='out in d h', column='out in d w', depth='out in h w',  # a vector along the width, the height, the depth
+    channel='out d h w',                                        # a vector through the inputs, at one place of one filter
+    kernel='out in',                                            # what one output channel does with one input channel
+    horizontal_slice='out d h', vertical_slice='out d w',       # a filter's row, or column, through all its inputs
+    filter='out',                                               # all that makes one output channel
+    # The same across all filters that read the same inputs: of a grouped convolution, those of one of its groups.
+    shared_weight='group in d h w', shared_row='group in d h', shared_column='group in d w', shared_depth='group in h w',
+    shared_channel='group d h w', shared_kernel='group in',
+    shared_horizontal_slice='group d h', shared_vertical_slice='group d w',
+    layer='')
+# Of a weight matrix, a row makes one output and a column reads one input.
+together_linear = dict(weight='out in', row='out', column='in', layer='')
+
+
+def coords(m, i):
+    "What the weight at index `i` is: the group and the channels it works between, counted over the whole layer, and its place"
+    groups, n = getattr(m, 'groups', 1), m.weight.shape
+    if getattr(m, 'transposed', False):  # (inputs, outputs of one group, ...)
+        g = i[0] // (n[0]//groups)
+        c = {'group': g, 'in': i[0], 'out': g*n[1] + i[1]}
+    else:                                # (outputs, inputs of one group, ...)
+        g = i[0] // (n[0]//groups)
+        c = {'group': g, 'out': i[0], 'in': g*n[1] + i[1]}
+    return c | dict(zip('whd', reversed(i[2:])))
+
+
+def indices(m): return product(*map(range, m.weight.shape))
+
+
+def groups(m, words):
+    "The weight indices of each group, in the order of their first"
+    res = defaultdict(list)
+    for i in indices(m):
+        c = coords(m, i)
+        res[tuple(c[w] for w in words.split() if w in c)].append(i)
+    return list(res.values())
+
+
+def words_of(m): return together_linear if isinstance(m, nn.Linear) else together
+
+
+def can_have(m):
+    "A vector along an axis of space needs that axis; what is named for height or depth, too"
+    needs = dict(column='h', depth='d', horizontal_slice='w', vertical_slice='h')
+    space = '' if isinstance(m, nn.Linear) else 'dhw'[3-(m.weight.dim()-2):]
+    return [n for n in words_of(m) if needs.get(n.removeprefix('shared_'), '') in space or isinstance(m, nn.Linear)]
+
+
+cases = [pytest.param(m, n, id=f'{name}-{n}') for name, m in layers.items() for n in can_have(m)]
+
+
+@pytest.mark.parametrize('m', layers.values(), ids=layers)
+def test_has(m): assert [n for n in granularities if Granularity(n).has(m)] == [n for n in granularities if n in can_have(m)]
+
+
+def test_all_named(): assert set(granularities) == set(together)
+
+
+@pytest.mark.parametrize('m,name', cases)
+def test_groups(m, name):
+    "Pooled scores are the means of the groups, and a mask of one group reaches its weights and no other"
+    gran, found = Granularity(name), groups(m, words_of(m)[name])
+    scores = torch.rand(m.weight.shape, dtype=torch.float64)
+    pooled = gran.pool(scores, m)
+    assert pooled.numel() == len(found)
+    left = {tuple(g) for g in map(tuple, found)}
+    for at in range(len(found)):
+        mask = torch.zeros(pooled.shape, dtype=torch.bool)
+        mask.view(-1)[at] = True
+        spread = gran.spread(mask, m)
+        assert spread.shape == m.weight.shape
+        group = tuple(i for i in indices(m) if spread[i])
+        left.remove(group)  # each exactly once
+        mean = sum(scores[i].item() for i in group) / len(group)
+        assert pooled.flatten()[at].item() == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize('m', [m for m in layers.values() if not isinstance(m, nn.Linear)], ids=[n for n in layers if n != 'linear'])
+def test_filter_order(m):
+    "Filters come in the order of the output channels, as biases do"
+    scores = torch.zeros(m.weight.shape)
+    for i in indices(m): scores[i] = coords(m, i)['out']
+    assert Granularity('filter').pool(scores, m).flatten().tolist() == list(range(m.out_channels))
+
+
+@pytest.mark.parametrize('m,name', cases)
+def test_zeros(m, name):
+    "A group is zero if every weight is: not the one with a single weight left, nor one whose weights cancel out"
+    gran, found = Granularity(name), groups(m, words_of(m)[name])
+    w = torch.ones(m.weight.shape)
+    empty = found[::3]
+    for i in sum(empty, []): w[i] = 0.
+    w[empty[0][0]] = -1e-30  # lives on by its smallest weight
+    for n, i in enumerate(found[-1]): w[i] = (-1.)**n
+    with torch.no_grad(): m.weight.copy_(w)
+    zero = {i for g in empty[1:] if g is not found[-1] for i in g}
+    res = gran.zeros(m)
+    assert res.dtype == torch.bool and res.shape == gran.pool(m.weight.detach(), m).shape
+    assert {i for i in indices(m) if gran.spread(res, m)[i]} == zero
+
+
+def test_negative_zero(): assert Granularity('weight').zeros(fill(nn.Linear(2, 1), [-0., 1.])).flatten().tolist() == [True, False]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half(dtype):
+    "The mean of 1024 halves neither overflows nor loses what single precision has"
+    m = nn.Conv2d(1024, 1, 1)
+    scores = torch.full(m.weight.shape, 1000., dtype=dtype)
+    scores[0, 0] = 1504  # exact in bfloat16 too
+    assert Granularity('filter').pool(scores, m).item() == 1000 + 504/1024
+
+
+@pytest.mark.parametrize('name', ['weight', 'kernel', 'filter', 'shared_row'])
+def test_channels_last(name):
+    "The memory layout changes neither what goes nor itself"
+    plain, last = nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(8, 6, 3, groups=2).to(memory_format=torch.channels_last)
+    fill(last, plain.weight.detach())
+    for m in (plain, last): Sparsifier(m, name).prune(.5)
+    assert (plain.weight == 0).any() and torch.equal(plain.weight, last.weight)
+    assert last.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# n:m patterns
+
+nm_layers = dict(
+    linear=lambda: nn.Linear(16, 3), conv1d=lambda: nn.Conv1d(8, 3, 2), conv2d=lambda: nn.Conv2d(8, 3, (2, 3)),
+    conv3d=lambda: nn.Conv3d(8, 2, (1, 2, 2)), grouped=lambda: nn.Conv2d(16, 4, 2, groups=2),
+    up1d=lambda: nn.ConvTranspose1d(8, 3, 2), up2d=lambda: nn.ConvTranspose2d(8, 3, (2, 3)),
+    grouped_up=lambda: nn.ConvTranspose2d(16, 4, 2, groups=2),
+    last=lambda: nn.Conv2d(8, 3, 2).to(memory_format=torch.channels_last))
+nm_cases = [(layer, n, m) for layer in nm_layers for n, m in [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8)]]
+
+
+def runs(layer, m):
+    "The weight indices of every `m` neighbours along the input channels, at one place of one filter"
+    return [vector[i:i+m] for vector in groups(layer, together['channel']) for i in range(0, len(vector), m)]
+
+
+def lowest_of_runs(layer, n, m):
+    "Weight indices that an n:m pattern has no room for: the m-n smallest of each run, of equals the first"
+    w = layer.weight.detach().abs()
+    return {i for run in runs(layer, m) for i in sorted(run, key=lambda i: w[i].item())[:m-n]}
+
+
+def zeroed(layer): return {i for i in indices(layer) if layer.weight[i] == 0}
+
+
+@pytest.mark.parametrize('name,n,m', nm_cases)
+def test_nm(name, n, m):
+    "Exactly n of every m stay, and those are the largest; on the way as many are gone as asked, the lowest of those that go"
+    layer = nm_layers[name]()
+    w, leaving = layer.weight.detach().abs().clone(), lowest_of_runs(layer, n, m)
+    total, order = w.numel(), sorted(leaving, key=lambda i: (w[i].item(), i))
+    assert len(leaving)*m == total*(m-n)
+    sp, final = Sparsifier(layer, f'{n}:{m}'), (m-n)/m
+    for progress in (.1, .37, .8, 1):
+        sp.prune(progress*final)
+        assert zeroed(layer) == set(order[:round(progress*final*total)])
+
+
+@pytest.mark.parametrize('name', nm_layers)
+def test_nm_ties(name):
+    layer = nm_layers[name]()
+    fill(layer, torch.ones(layer.weight.shape))
+    leaving = lowest_of_runs(layer, 2, 4)
+    Sparsifier(layer, '2:4').prune(.5)
+    assert zeroed(layer) == leaving
+
+
+def test_nm_moving():
+    "The pattern holds in the end though the weights change their order on the way"
+    layer = nn.Conv2d(8, 4, 3)
+    sp = Sparsifier(layer, '2:4')
+    for step in range(1, 11):
+        with torch.no_grad(): layer.weight.add_(torch.randn_like(layer.weight))
+        gone = zeroed(layer)
+        sp.prune(.05*step)
+        assert gone <= zeroed(layer) and len(zeroed(layer)) == round(.05*step*288)
+    assert all(sum(i in zeroed(layer) for i in run) == 2 for run in runs(layer, 4))
+
+
+@pytest.mark.parametrize('n_zero', [3, 4, 8])
+def test_nm_zeros_before(n_zero):
+    "Weights that are zero from the start are no more than a run has room for"
+    layer = fill(nn.Linear(8, 1), [0.]*n_zero + [float(i) for i in range(1, 9-n_zero)])
+    sp = Sparsifier(layer, '2:4')
+    sp.prune(.5)
+    kept = sp.masks[''].view(2, 4).sum(1).tolist()
+    assert kept == [2, 2]
+
+
+def test_nm_global():
+    "Layers that share a pool each come out in the pattern"
+    net = nn.Sequential(fill(nn.Linear(8, 8), torch.arange(1, 65)/1000), nn.ReLU(), fill(nn.Linear(8, 4), torch.arange(1., 33)))
+    sp = Sparsifier(net, '2:4', context='global')
+    sp.prune(.25)
+    # 96 weights, of which 24 go; the first layer's are smallest and give all the 24 of its 32 that may go
+    assert [len(zeroed(net[i])) for i in (0, 2)] == [24, 0]
+    sp.prune(.5)
+    assert all(sum(i in zeroed(net[l]) for i in run) == 2 for l in (0, 2) for run in runs(net[l], 4))
+
+
+@pytest.mark.parametrize('name,s', [('2:4', .5), ('1:4', .75), ('4:8', .5), ('1:16', .9375), ('3:4', .25)])
+def test_nm_implies(name, s): assert get_granularity(name).sparsity == s
+
+
+def test_others_imply_nothing(): assert get_granularity('filter').sparsity is None
+
+
+@pytest.mark.parametrize('name', ['0:4', '4:4', '4:2', '0:0'])
+def test_nm_refused(name):
+    with pytest.raises(ValueError, match=f"0 < n < m, got '{name}'"): get_granularity(name)
+
+
+@pytest.mark.parametrize('name', ['2:', ':4', '2:4:8', '-2:4', '2 of 4', '2.0:4'])
+def test_nm_unknown(name):
+    with pytest.raises(ValueError, match="Unknown granularity.* '2:4'"): get_granularity(name)
+
+
+@pytest.mark.parametrize('layer,n_in', [
+    (nn.Conv2d(6, 4, 1), 6), (nn.Conv2d(12, 4, 1, groups=2), 6), (nn.ConvTranspose2d(12, 4, 1, groups=2), 6),
+    (nn.Conv2d(8, 8, 3, groups=8), 1), (nn.Linear(3, 4), 3)])
+def test_nm_indivisible(layer, n_in):
+    "It is the inputs of one group of a grouped convolution that have to divide"
+    with pytest.raises(ValueError, match=f"'it'.* {n_in} input channels do not divide by 4"):
+        Sparsifier(nn.ModuleDict({'it': layer}), '2:4')
+
+
+@pytest.mark.parametrize('name,near', [('weigth', 'weight'), ('filters', 'filter'), ('Kernel', 'kernel'), ('sharedrow', 'shared_row')])
+def test_nearest(name, near):
+    with pytest.raises(ValueError, match=f"{name}.*Did you mean '{near}'.*horizontal_slice"): get_granularity(name)
+
+
+@pytest.mark.parametrize('name', [None, 2, '', ['kernel'], nn.Conv2d])
+def test_unknown(name):
+    with pytest.raises(ValueError, match="Unknown granularity: .*weight.*'2:4'"): get_granularity(name)
+
+
+@pytest.mark.parametrize('layer,name', [
+    (nn.Linear(4, 4), 'filter'), (nn.Linear(4, 4), 'kernel'), (nn.Conv1d(4, 4, 3), 'column'), (nn.Conv2d(4, 4, 3), 'depth')])
+def test_cannot_have(layer, name):
+    "Asked for by name, a layer that has no such groups is refused with those it has"
+    with pytest.raises(ValueError, match=f"'it'.*{type(layer).__name__} has no granularity '{name}', but 'weight'"):
+        Sparsifier(nn.ModuleDict({'it': layer}), name, layers='it')

@@ -1,0 +1,369 @@
+"Which layers are chosen, and which batch norms fall silent with their filters, as read off the models by hand."
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune as torch_prune
+from torchvision import models
+
+from conftest import assert_same, bits
+from helpers import channel
+from onecycle_prune.granularity import conv, get_granularity, linear
+from onecycle_prune.layers import batchnorms_after, choose, prunable
+from onecycle_prune.sparsifier import Sparsifier
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.ModuleDict({'up': nn.ConvTranspose2d(4, 4, 3)}))
+        self.body2, self.head = nn.Conv1d(4, 4, 1), nn.Linear(4, 2)
+
+
+class MyConv(nn.Conv2d): "A user's own"
+
+
+def chosen(model, layers, granularity='weight'): return list(choose(model, layers, get_granularity(granularity)))
+
+
+@pytest.mark.parametrize('layers,names', [
+    ((conv, linear), ['stem', 'body.0', 'body.2.up', 'body2', 'head']),
+    (nn.Conv2d, ['stem', 'body.0']),
+    (nn.ConvTranspose2d, ['body.2.up']),
+    ('head', ['head']),
+    ('body', ['body.0', 'body.2.up']),  # the container, not what only begins with its name
+    ('body.2', ['body.2.up']),
+    (lambda m: m.weight.numel() < 20, ['body2', 'head']),
+    (['head', 'stem'], ['stem', 'head']),  # in the order of the model
+    (['stem', nn.Conv2d, 'stem'], ['stem', 'body.0']),  # each once
+    ([['head', [nn.Conv1d]], (('stem',),)], ['stem', 'body2', 'head']),
+    ([lambda m: False, 'head'], ['head'])])
+def test_choose(layers, names): assert chosen(Net(), layers) == names
+
+
+def test_choose_module():
+    net = Net()
+    assert chosen(net, net.head) == ['head']
+    assert chosen(net, [net.body, net.stem]) == ['stem', 'body.0', 'body.2.up']
+    assert chosen(net, net) == list(prunable(net))
+
+
+def test_choose_gives_modules():
+    net = Net()
+    assert choose(net, 'body', get_granularity('weight')) == {'body.0': net.body[0], 'body.2.up': net.body[2].up}
+
+
+def test_subclass(): assert chosen(nn.Sequential(MyConv(1, 1, 1), nn.Conv2d(1, 1, 1)), MyConv) == ['0']
+
+
+def test_subclass_by_base(): assert chosen(nn.Sequential(MyConv(1, 1, 1), nn.Linear(1, 1)), nn.Conv2d) == ['0']
+
+
+def test_model_is_layer(): assert chosen(nn.Linear(2, 2), nn.Linear) == ['']
+
+
+@pytest.mark.parametrize('layers', [(conv, linear), lambda m: True])
+def test_granularity_chooses(layers):
+    "A class or function leaves out the kinds that have no such groups"
+    assert chosen(Net(), layers, 'kernel') == ['stem', 'body.0', 'body.2.up', 'body2']
+    assert chosen(Net(), layers, 'column') == ['stem', 'body.0', 'body.2.up', 'head']
+
+
+def test_granularity_refused():
+    with pytest.raises(ValueError, match="'head'.*Linear has no granularity 'kernel'"): chosen(Net(), ['stem', 'head'], 'kernel')
+
+
+@pytest.mark.parametrize('layers,said', [
+    ('haed', "'haed'.*Did you mean 'head'"), ('bod', "'bod'"), (nn.BatchNorm2d, "BatchNorm2d.*Conv2d"), (3, '3.*Linear'),
+    (None, 'None'), (nn.Linear(2, 2), 'Linear.*a module of this model'), (nn.Conv3d, 'Nothing to prune.*stem, body.0'),
+    ([], 'Nothing to prune'), (lambda m: False, 'Nothing to prune')])
+def test_choose_refused(layers, said):
+    with pytest.raises(ValueError, match=said): chosen(Net(), layers)
+
+
+def test_nothing_there():
+    with pytest.raises(ValueError, match='Sequential has no convolution and no linear layer'):
+        chosen(nn.Sequential(nn.ReLU(), nn.Embedding(3, 3)), (conv, linear))
+
+
+def test_tied():
+    "Two layers of one weight are one layer, under its first name"
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    assert list(prunable(net)) == ['0', '1']
+
+
+def test_one_module_twice():
+    l = nn.Linear(4, 4)
+    assert list(prunable(nn.ModuleDict(dict(a=l, b=nn.Sequential(l))))) == ['a']
+
+
+def test_frozen():
+    net = Net()
+    for m in (net.stem, net.body2): m.requires_grad_(False)
+    with pytest.warns(UserWarning, match='not pruned: stem, body2'):
+        assert chosen(net, (conv, linear)) == ['body.0', 'body.2.up', 'head']
+
+
+def test_frozen_bias_only(recwarn):
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].bias.requires_grad_(False)
+    assert chosen(net, nn.Linear) == ['0'] and not recwarn.list
+
+
+def test_all_frozen():
+    with pytest.raises(ValueError, match='stem, .*head are frozen'): chosen(Net().requires_grad_(False), (conv, linear))
+
+
+computed = dict(
+    weight_norm=parametrizations.weight_norm, spectral_norm=parametrizations.spectral_norm,
+    pruned=lambda m: torch_prune.l1_unstructured(m, 'weight', .5))
+
+
+@pytest.mark.parametrize('computes', computed.values(), ids=computed)
+def test_computed(computes):
+    "A weight that is computed from others is refused, with the name of its layer"
+    net = Net()
+    computes(net.body[0])
+    with pytest.raises(ValueError, match=r"'body\.0' \(.*Conv2d\).*parametrization"): chosen(net, (conv, linear))
+    assert chosen(net, 'head') == ['head']  # not in the way of others
+
+
+@pytest.mark.parametrize('computes', computed.values(), ids=computed)
+def test_computed_all_listed(computes):
+    "Weights that are made anew at each look are not taken for one"
+    net = nn.Sequential(*[computes(nn.Linear(64, 64)) for _ in range(20)]).eval()
+    assert len(prunable(net)) == 20
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_not_finite(value):
+    net = Net()
+    net.head.weight.data[0, 0] = value
+    with pytest.raises(ValueError, match=r"'head' \(Linear\) has NaN or infinite"): chosen(net, (conv, linear))
+
+
+# Batch norms
+
+def bns(model):
+    "{name of a layer: names of the batch norms behind it}"
+    names = {m: n for n, m in model.named_modules()}
+    found = batchnorms_after(model, list(prunable(model).values()))
+    return {names[m]: [names[b] for b in bs] for m, bs in found.items()}
+
+
+def on_meta(f):
+    "A network without the memory and the time that its weights would take"
+    with torch.device('meta'): return f(weights=None)
+
+
+def test_resnet18():
+    blocks = {f'layer{l}.{b}.conv{c}': [f'layer{l}.{b}.bn{c}'] for l in (1, 2, 3, 4) for b in (0, 1) for c in (1, 2)}
+    downs = {f'layer{l}.0.downsample.0': [f'layer{l}.0.downsample.1'] for l in (2, 3, 4)}
+    assert bns(on_meta(models.resnet18)) == {'conv1': ['bn1']} | blocks | downs
+
+
+def test_vgg16_bn():
+    convs = [0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40]  # conv, bn, relu, and now and then a pool
+    assert bns(on_meta(models.vgg16_bn)) == {f'features.{i}': [f'features.{i+1}'] for i in convs}
+
+
+def test_mobilenet_v2():
+    expected = {'features.0.0': ['features.0.1'], 'features.18.0': ['features.18.1'],
+                # the first block does not expand: depthwise, then pointwise
+                'features.1.conv.0.0': ['features.1.conv.0.1'], 'features.1.conv.1': ['features.1.conv.2']}
+    for i in range(2, 18):
+        b = f'features.{i}.conv'
+        expected |= {f'{b}.0.0': [f'{b}.0.1'], f'{b}.1.0': [f'{b}.1.1'], f'{b}.2': [f'{b}.3']}
+    assert bns(on_meta(models.mobilenet_v2)) == expected
+
+
+def test_densenet121():
+    "What a layer adds is concatenated before the next norm sees it, and a transition is pooled: only norm0 and norm2 are fed by one conv"
+    inner = {f'features.denseblock{b}.denselayer{l}.conv1': [f'features.denseblock{b}.denselayer{l}.norm2']
+             for b, n in enumerate((6, 12, 24, 16), 1) for l in range(1, n+1)}
+    assert bns(on_meta(models.densenet121)) == {'features.conv0': ['features.norm0']} | inner
+
+
+class Functional(nn.Module):
+    "conv, then `f(self, x)`"
+    def __init__(self, f, **modules):
+        super().__init__()
+        self.conv, self.bn, self.f = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), f
+        for n, m in modules.items(): setattr(self, n, m)
+
+    def forward(self, x): return self.f(self, self.conv(x))
+
+
+fed = dict(
+    direct=lambda s, x: s.bn(x),
+    function=lambda s, x: s.bn(F.relu(x)), method=lambda s, x: s.bn(x.relu()), torch=lambda s, x: s.bn(torch.relu(x)),
+    inplace=lambda s, x: s.bn(x.relu_()), dropout=lambda s, x: s.bn(F.dropout(F.gelu(x), .5)),
+    branch=lambda s, x: s.bn(x) + x)
+not_fed = dict(
+    none=lambda s, x: x, sum=lambda s, x: s.bn(x + x.mean()), cat=lambda s, x: s.bn(torch.cat([x[:, :2], x[:, 2:]], 1)),
+    other=lambda s, x: s.bn(torch.ones_like(x)), sigmoid=lambda s, x: s.bn(torch.sigmoid(x)),
+    flip=lambda s, x: s.bn(x.flip(1)))
+
+
+@pytest.mark.parametrize('f', fed.values(), ids=fed)
+def test_fed(f): assert bns(Functional(f)) == {'conv': ['bn']}
+
+
+@pytest.mark.parametrize('f', not_fed.values(), ids=not_fed)
+def test_not_fed(f): assert bns(Functional(f)) == {}
+
+
+def test_conv_relu_bn(): assert bns(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))) == {'0': ['2']}
+
+
+def test_named_relu():
+    "A module is what it is, not what it is called"
+    assert bns(Functional(lambda s, x: s.bn(s.relu(x)), relu=nn.ChannelShuffle(2))) == {}
+
+
+def test_two_bns(): assert bns(Functional(lambda s, x: s.bn(x) + s.bn2(x), bn2=nn.BatchNorm2d(4))) == {'conv': ['bn', 'bn2']}
+
+
+def test_written_elsewhere():
+    "The flow of data counts, not the order of the page"
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.bn_b, self.b, self.bn_a = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        def forward(self, x): return self.bn_b(self.b(x)) + self.bn_a(self.a(x))
+    assert bns(Crossed()) == {'a': ['bn_a'], 'b': ['bn_b']}
+
+
+def test_only_asked():
+    net = on_meta(models.resnet18)
+    assert batchnorms_after(net, [net.layer1[0].conv2]) == {net.layer1[0].conv2: [net.layer1[0].bn2]}
+
+
+@pytest.mark.parametrize('bn,c', [(nn.BatchNorm1d, nn.Conv1d), (nn.BatchNorm2d, nn.ConvTranspose2d), (nn.BatchNorm3d, nn.Conv3d)])
+def test_dimensions(bn, c): assert bns(nn.Sequential(c(2, 2, 1), bn(2))) == {'0': ['1']}
+
+
+def test_sync_batchnorm():
+    "What fastai makes of batch norms for a distributed training"
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert isinstance(net[1], nn.SyncBatchNorm) and bns(net) == {'0': ['1']}
+
+
+def test_shared_bn():
+    "A batch norm that two convolutions feed is nobody's"
+    shared = Functional(lambda s, x: s.bn(s.conv2(s.bn(x))), conv2=nn.Conv2d(4, 4, 1))
+    assert bns(shared) == {}
+
+
+def test_block_called_twice():
+    "A block that runs twice has its batch norm fed by its own convolution alone, both times"
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    assert bns(nn.Sequential(block, nn.ReLU(), block)) == {'0.0': ['0.1']}
+
+
+class Branching(nn.Module):
+    "Goes by what its input holds, which no trace can follow; its parts are plain"
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stem_bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.a = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.b = nn.ModuleDict(dict(inner=nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))))
+
+    def forward(self, x):
+        x = self.stem_bn(self.stem(x))
+        return self.a(x) if x.sum() > 0 else self.b['inner'](x)
+
+
+def test_untraceable(): assert bns(Branching()) == {'a.0': ['a.1'], 'b.inner.0': ['b.inner.2']}
+
+
+class Keeping(nn.Module):
+    "Stores what passes through, counts its calls, and has a buffer that follows them"
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.calls = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), 0
+        self.register_buffer('seen', torch.zeros(()))
+
+    def forward(self, x):
+        self.h = self.conv(x)
+        self.calls += 1
+        self.seen += 1
+        return self.bn(self.h)
+
+
+@pytest.mark.parametrize('make', [Keeping, Branching])
+def test_trace_leaves_no_trace(make):
+    net = nn.Sequential(make())
+    state, seed = bits(net), torch.get_rng_state()
+    inside, params = [dict(vars(m)) for m in net.modules()], [id(p) for p in net.parameters()]
+    assert bns(net)
+    assert_same(net.state_dict(), state)
+    assert [vars(m) for m in net.modules()] == inside and [id(p) for p in net.parameters()] == params
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+def test_after_forward():
+    "Where a model still holds the activations of its last batch, nothing is different"
+    net = Keeping()
+    net(torch.randn(2, 3, 8, 8))
+    assert bns(net) == {'conv': ['bn']}
+
+
+def test_hooks_are_not_called():
+    "The user's hooks see the user's batches and nothing else"
+    net, seen = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), []
+    for m in net.modules():
+        m.register_forward_hook(lambda m, x, y: seen.append(m))
+        m.register_forward_pre_hook(lambda m, x: seen.append(m))
+    assert bns(net) == {'0.0': ['0.1']} and not seen
+
+
+# Silence
+
+makers = dict(
+    conv=lambda: nn.Conv2d(4, 6, 3), conv1d=lambda: nn.Conv1d(4, 6, 3), grouped=lambda: nn.Conv2d(4, 6, 3, groups=2),
+    depthwise=lambda: nn.Conv2d(6, 6, 3, groups=6), up=lambda: nn.ConvTranspose2d(4, 6, 3),
+    grouped_up=lambda: nn.ConvTranspose2d(4, 6, 3, groups=2))
+behind = dict(
+    nothing=lambda bn: [], bn=lambda bn: [bn], relu_bn=lambda bn: [nn.ReLU(), bn], bn_relu=lambda bn: [bn, nn.ReLU()],
+    gelu_drop_bn=lambda bn: [nn.GELU(), nn.Dropout(), bn])
+weak = [1, 2, 5]
+
+
+@pytest.mark.parametrize('after', behind.values(), ids=behind)
+@pytest.mark.parametrize('make', makers.values(), ids=makers)
+def test_silent(make, after):
+    "A filter that is gone gives nothing but zeros, whatever bias and batch norm had learned; the others speak"
+    m = make()
+    bn = (nn.BatchNorm1d if isinstance(m, nn.Conv1d) else nn.BatchNorm2d)(6)
+    net = nn.Sequential(m, *after(bn)).eval()
+    for t in (m.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var): t.data.uniform_(.5, 2)
+    with torch.no_grad():
+        for c in range(6): channel(m, c).fill_(.01 if c in weak else 1.)  # the weakest half goes
+    Sparsifier(net, 'filter').prune(.5)
+    out = net(torch.rand(2, m.in_channels, *[8]*(m.weight.dim()-2))).flatten(2)
+    assert [c for c in range(6) if not out[:, c].any()] == weak
+    assert [c for c in range(6) if not channel(m, c).any()] == weak
+
+
+def test_stays_silent():
+    "Also once a training step has moved bias and batch norm, and `apply` or `prune` came after it"
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    sp = Sparsifier(net, 'filter')
+    sp.prune(.5)
+    gone = [c for c in range(4) if not net[0].weight[c].any()]
+    for again in (sp.apply, lambda: sp.prune(.5)):
+        for p in net.parameters(): p.data.add_(1.)
+        again()
+        out = net.eval()(torch.randn(2, 3, 8, 8))
+        assert len(gone) == 2 and [c for c in range(4) if not out[:, c].any()] == gone
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'kernel', 'shared_kernel'])
+def test_only_filters_silence(granularity):
+    "Bias and batch norm are touched only where a whole filter goes by being one"
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    before = [p.clone() for p in (net[0].bias, net[1].weight, net[1].bias)]
+    Sparsifier(net, granularity).prune(.5)
+    assert all(torch.equal(*o) for o in zip(before, (net[0].bias, net[1].weight, net[1].bias)))
