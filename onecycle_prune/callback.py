@@ -17,7 +17,7 @@ from .granularity import conv, get_granularity, linear
 from .schedule import get_schedule
 from .sparsifier import Sparsifier, check_sparsity, get_context
 
-# %% ../nbs/05_callback.ipynb #82650ec3
+# %% ../nbs/05_callback.ipynb #6e8e418f
 class SparsifyCallback(Callback):
     "Prune the model while it trains, from the first batch to the last (Hubens et al., *One-Cycle Pruning*, arXiv 2107.02086)"
     order,run_valid,remove_on_fetch = Recorder.order+1,False,True
@@ -36,22 +36,18 @@ class SparsifyCallback(Callback):
         store_attr()
 
     def before_fit(self):
-        "Make room for a column in the training table"
+        "Meet the model, refuse what cannot be done with it, and make room for a column in the training table"
+        self.sparsifier,recorder = None,getattr(self.learn, 'recorder', None)
+        if recorder: recorder.metric_names.insert(len(recorder.metric_names) - recorder.add_time, 'sparsity') # the time comes last
         # the search for a learning rate is no training, and leaves the model as it was
         self.run = not hasattr(self.learn, 'lr_finder')
-        self.sparsifier = None
-        if self.run and hasattr(self.learn, 'recorder'):
-            names = self.recorder.metric_names
-            names.insert(len(names) - self.recorder.add_time, 'sparsity') # the time comes last
-
-    def before_train(self):
-        "Meet the model, and refuse what cannot be done with it"
-        # not in `before_fit`, which fastai calls for `validate` and `get_preds` too
-        if self.sparsifier is not None: return
+        # nor are `validate` and `get_preds`, which come here too, and lock the learner
+        if not self.run or self.learn.lock.locked(): return
         self.sparsifier = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers)
         self.sparsifier.check(self.sparsity)
         self.sparsities = []
-        if hasattr(self.learn, 'recorder'): self.recorder.sparsities = self.sparsities
+        # each fit has its own list of losses, by which the recorder knows a later fit from this one
+        if recorder: recorder.sparsities,recorder.pruned = self.sparsities,recorder.losses
 
     def after_step(self):
         "Prune to where the schedule is at the end of this batch"

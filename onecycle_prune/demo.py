@@ -9,7 +9,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/demo.html.md"""
 # %% auto #0
 __all__ = ['digits_folder', 'folder_dls', 'get_arch', 'new_learner', 'timed_fit', 'write_whole', 'demo']
 
-# %% ../nbs/07_demo.ipynb #b6d78234
+# %% ../nbs/07_demo.ipynb #f16c51bd
 import pandas as pd, sys, time, torchvision
 from contextlib import nullcontext
 from fastcore.script import call_parse
@@ -20,7 +20,8 @@ from fastai.vision.all import *
 from .callback import SparsifyCallback
 from .naming import refuse
 from .report import plot_layers, sparsity_report
-from .schedule import plot_schedules, schedules
+from .schedule import plot_schedules
+from .sparsifier import Sparsifier
 
 # %% ../nbs/07_demo.ipynb #a3d0227f
 def digits_folder(
@@ -103,7 +104,7 @@ def _save(out, table, report, learn, names, sparsity):
     learn.path = out
     write_whole(out/'learner.pkl', lambda p: learn.export(p.name))
 
-# %% ../nbs/07_demo.ipynb #c7655807
+# %% ../nbs/07_demo.ipynb #6e20f39c
 @call_parse
 def demo(
     arch:str='resnet18', # Network: a classification model of torchvision
@@ -126,6 +127,7 @@ def demo(
         if data is not None and not get_image_files(data): raise ValueError(f"No images in {str(data)!r}.")
         build = get_arch(arch)
         cbs = dict(dense=None) | {n: SparsifyCallback(sparsity, granularity, context, schedule=n) for n in names}
+        Sparsifier(build(num_classes=2), granularity, context).check(sparsity)
         dls = folder_dls(data or digits_folder(out/'digits'), size, bs, seed)
         rows = {}
         for name,cb in cbs.items():

@@ -28,27 +28,28 @@ def sparsity_report(
     df['sparsity'] = (df.zeros / df.weights.where(df.weights>0)).astype(float).fillna(0.)
     return df
 
-# %% ../nbs/06_report.ipynb #f82276c9
+# %% ../nbs/06_report.ipynb #0882eb2a
 def plot_layers(
     model, # Any model, or {label: model} to compare several of one architecture
     ax=None # Matplotlib axes to draw on
 ):
-    "Draw the sparsity of each convolution and linear layer as bars, and return the axes"
+    "Draw the sparsity of each convolution and linear layer as bars, and return the axes; raises `ValueError` where there is none"
     models = model if isinstance(model, dict) else {'': model}
+    if not any(map(prunable, models.values())): raise ValueError('Nothing to draw: the model has no convolution and no linear layer.')
     df = pd.DataFrame({k: sparsity_report(m)[:-1].set_index('layer').sparsity for k,m in models.items()})
     ax = df.plot.barh(ax=ax, width=.8, legend=len(models)>1, figsize=None if ax else (6, 1 + .25*df.size))
     ax.invert_yaxis() # the first layer on top, as data flows
     ax.set(xlim=(0, 1), xlabel='sparsity', ylabel='')
     return ax
 
-# %% ../nbs/06_report.ipynb #5f914d31
+# %% ../nbs/06_report.ipynb #2b415921
 @patch
 def plot_sparsity(self:Recorder,
     skip_start:int=5, # First batches to leave out, where the loss is off the scale
     ax=None # Matplotlib axes to draw on
 ):
     "Draw the loss and the sparsity after each batch of the last training; raises `ValueError` where it was not pruned"
-    if not getattr(self, 'sparsities', None): raise ValueError('The last training was not pruned: give its `fit` a `SparsifyCallback`.')
+    if not getattr(self, 'sparsities', None) or self.pruned is not self.losses: raise ValueError('The last training was not pruned: give its `fit` a `SparsifyCallback`.')
     ax = self.plot_loss(skip_start=skip_start, with_valid=False, ax=ax)
     right = ax.twinx()
     steps = range(skip_start, len(self.sparsities))

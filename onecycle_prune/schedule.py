@@ -80,7 +80,7 @@ def SchedDSD(start, end):
     "Dense-sparse-dense annealing from `start` over `end` back to `start`, see `sched_dsd`"
     return partial(sched_dsd, start, end)
 
-# %% ../nbs/00_schedule.ipynb #5093ea51
+# %% ../nbs/00_schedule.ipynb #80edcb00
 class Schedule:
     "Any annealing `f`, a function of the position, run between two positions of the training"
     def __init__(self,
@@ -88,11 +88,14 @@ class Schedule:
         start_pct:float=0., # Share of the training before pruning starts
         end_pct:float=1. # Share of the training after which `f` has ended
     ):
-        "Raises `ValueError` where `start_pct` and `end_pct` are not in order within [0, 1], or `f` leaves [0, 1]"
+        "Raises `ValueError` where `start_pct` and `end_pct` are not in order within [0, 1], or `f` is no such function"
         if not 0 <= start_pct < end_pct <= 1:
             raise ValueError(f"A schedule needs 0 <= start_pct < end_pct <= 1, got start_pct={start_pct}, end_pct={end_pct}.")
         store_attr()
-        for i in range(1001): self(i/1000)
+        try:
+            for i in range(1001): self(i/1000)
+        except TypeError as e: # as fastai's `SchedCos` without its start and end
+            raise ValueError(f"A schedule is a function of a position to a progress in [0, 1], as SchedCos(0, 1); {f!r} is none: {e}") from e
 
     def __call__(self, pos):
         "Progress in [0, 1] at position `pos` of the training"

@@ -1,6 +1,6 @@
 "Tables and plots show the numbers that are in the weights."
 import matplotlib.pyplot as plt
-import pytest, torch
+import pytest
 from onecycle_prune.all import *
 from torch import nn
 
