@@ -104,13 +104,13 @@ def _save(out, table, report, learn, names, sparsity):
     learn.path = out
     write_whole(out/'learner.pkl', lambda p: learn.export(p.name))
 
-# %% ../nbs/07_demo.ipynb #6e20f39c
+# %% ../nbs/07_demo.ipynb #91cc30c3
 @call_parse
 def demo(
     arch:str='resnet18', # Network: a classification model of torchvision
     data:Path=None, # Folder of images as `ImageDataLoaders.from_folder` reads it; handwritten digits by default
-    epochs:int=5, # Epochs of each training
-    bs:int=64, # Images a batch
+    epochs:int=4, # Epochs of each training
+    bs:int=32, # Images a batch
     size:int=32, # Height and width of the images
     lr:float=3e-3, # Highest learning rate
     sparsity:float=.95, # Fraction of the groups to remove
