@@ -56,14 +56,18 @@ def get_arch(
     if name not in archs: refuse('network', name, archs)
     return torchvision.models.get_model_builder(name)
 
-# %% ../nbs/07_demo.ipynb #504696d2
+# %% ../nbs/07_demo.ipynb #39792d07
 def new_learner(
-    dls:DataLoaders, # Images and classes
     arch, # Function of `num_classes` to a model, as `get_arch` gives it
-    seed:int # Of the weights and of the order of the batches
+    seed:int, # Of the weights, and of what the batches hold
+    path:Path, # Images, as for `folder_dls`
+    size:int, # Height and width in pixels
+    bs:int # Images a batch
 )->Learner:
-    "A learner at its start"
+    "A learner at its start, which is the same for the same `seed`"
+    # before the data loaders too: they take the order of their batches from it
     set_seed(seed, reproducible=True)
+    dls = folder_dls(path, size, bs, seed)
     return Learner(dls, arch(num_classes=dls.c), metrics=accuracy)
 
 # %% ../nbs/07_demo.ipynb #e0eca19d
@@ -104,13 +108,13 @@ def _save(out, table, report, learn, names, sparsity):
     learn.path = out
     write_whole(out/'learner.pkl', lambda p: learn.export(p.name))
 
-# %% ../nbs/07_demo.ipynb #91cc30c3
+# %% ../nbs/07_demo.ipynb #85ef68e2
 @call_parse
 def demo(
     arch:str='resnet18', # Network: a classification model of torchvision
     data:Path=None, # Folder of images as `ImageDataLoaders.from_folder` reads it; handwritten digits by default
     epochs:int=4, # Epochs of each training
-    bs:int=32, # Images a batch
+    bs:int=40, # Images a batch
     size:int=32, # Height and width of the images
     lr:float=3e-3, # Highest learning rate
     sparsity:float=.95, # Fraction of the groups to remove
@@ -128,11 +132,10 @@ def demo(
         build = get_arch(arch)
         cbs = dict(dense=None) | {n: SparsifyCallback(sparsity, granularity, context, schedule=n) for n in names}
         Sparsifier(build(num_classes=2), granularity, context).check(sparsity)
-        dls = folder_dls(data or digits_folder(out/'digits'), size, bs, seed)
-        rows = {}
+        path,rows = data or digits_folder(out/'digits'),{}
         for name,cb in cbs.items():
             print(f'\n{arch}, {name}: {epochs} epochs' + (f' to {sparsity:.0%}' if cb else ''), flush=True)
-            learn = new_learner(dls, build, seed)
+            learn = new_learner(build, seed, path, size, bs)
             with nullcontext() if name==schedule else learn.no_logging(): rows[name] = timed_fit(learn, epochs, lr, cb)
             if name==schedule: pruned = learn
     except ValueError as e: sys.exit(f'ocp-demo: {e}')
