@@ -9,8 +9,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/selection.html.md"""
 # %% auto #0
 __all__ = ['lowest', 'select']
 
-# %% ../nbs/03_selection.ipynb #ccf01dae
-import numpy as np, torch
+# %% ../nbs/03_selection.ipynb #e64bfc60
+import math, numpy as np, torch
 
 # %% ../nbs/03_selection.ipynb #8517296b
 def lowest(
@@ -49,13 +49,13 @@ def _lowest_of(x, k):
     below = x < t
     return below | _first(x == t, k - int(below.count_nonzero()))
 
-# %% ../nbs/03_selection.ipynb #ec0c337a
+# %% ../nbs/03_selection.ipynb #1d03066f
 def _guess(scores, gone, k, size=2**14):
     "A value that, by a sample of about `size` scores, a few more than `k` of those not gone lie below"
     step = max(1, sum(map(len, scores)) // size)
     sample = torch.cat([s[::step][~g[::step]] for s,g in zip(scores, gone)])
-    # as many more as are four standard deviations of what a sample of this size says
-    i = k//step + 2*int(size**.5)
+    # how many of the sample are among the k lowest scatters by the root of their number; four times that is on the safe side
+    i = k//step + 4*math.isqrt(k//step) + 8
     return sample.kthvalue(i).values if i <= len(sample) else torch.inf
 
 # %% ../nbs/03_selection.ipynb #5f18b4c4
@@ -68,17 +68,17 @@ def _below(scores, gone, bound):
         return torch.from_numpy(np.flatnonzero((s <= float(bound)) & ~g.numpy()))
     return [_positions(s, g) for s,g in zip(scores, gone)]
 
-# %% ../nbs/03_selection.ipynb #1213a672
+# %% ../nbs/03_selection.ipynb #5f44f6d3
 def select(
     scores:list, # For each layer of the pool, the scores of its groups: tensors of any shape, without NaN
     gone:list, # For each layer, which groups are gone already: bool, in the shape of its scores
     k:int, # How many are to be gone in all; with `keep`, at most the number of groups less that of layers
-    keep:bool=True # Whether each layer keeps its best group
+    keep:bool=True # Whether each layer keeps its best group, where several share the pool
 )->list: # For each layer, which groups are gone: bool, in the shape of its scores
     "Mark `k` groups of the pool as `lowest` does, but `keep` the best of each layer"
     scores,flat = [s.flatten() for s in scores],[g.flatten() for g in gone]
     res = lowest(scores, flat, k)
-    if keep and any(int(r.count_nonzero()) == len(r) for r in res): res = lowest(*zip(*map(_hold_best, scores, flat)), k)
+    if keep and len(res)>1 and any(int(r.count_nonzero()) == len(r) for r in res): res = lowest(*zip(*map(_hold_best, scores, flat)), k)
     return [r.view_as(g) for r,g in zip(res, gone)]
 
 # %% ../nbs/03_selection.ipynb #9cb5c67a
