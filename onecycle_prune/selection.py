@@ -12,14 +12,14 @@ __all__ = ['lowest', 'select']
 # %% ../nbs/03_selection.ipynb #e64bfc60
 import math, numpy as np, torch
 
-# %% ../nbs/03_selection.ipynb #8517296b
+# %% ../nbs/03_selection.ipynb #75d41ef3
 def lowest(
     scores:list, # For each layer of the pool, the scores of its groups: tensors of shape (n,), without NaN
     gone:list, # For each layer, which groups are gone already: bool, of shape (n,)
     k:int # How many are to be gone in all, 0 to the number of groups
 )->list: # For each layer, which groups are gone: bool, of shape (n,), True `k` times in all
     "Mark `k` groups: first those that are `gone`, then the lowest, and of equals those that come first"
-    more = k - sum(int(g.count_nonzero()) for g in gone)
+    more = k - sum(map(_count, gone))
     if more < 0: return _split(_first(torch.cat(gone), k), gone)
     res = [g.clone() for g in gone]
     if more == 0: return res
@@ -28,6 +28,9 @@ def lowest(
     going = _lowest_of(torch.cat([s[i] for s,i in zip(scores, near)]), more)
     for r,i,go in zip(res, near, _split(going, near)): r[i[go]] = True
     return res
+
+# %% ../nbs/03_selection.ipynb #fbf6decf
+def _count(mask): return int(mask.count_nonzero() if mask.device.type != 'cpu' else np.count_nonzero(mask.numpy()))
 
 # %% ../nbs/03_selection.ipynb #0516edff
 def _split(x, like):
@@ -41,16 +44,16 @@ def _first(mask, k):
     res[mask.nonzero().squeeze(1)[:k]] = True
     return res
 
-# %% ../nbs/03_selection.ipynb #409ff8c1
+# %% ../nbs/03_selection.ipynb #ae908091
 def _lowest_of(x, k):
     "Mark the `k` lowest of `x`, of equals the first"
     # torch's partial sort is linear on a CPU; on a GPU it takes longer than a whole one
     t = x.kthvalue(k).values if x.device.type == 'cpu' else x.sort().values[k-1]
     below = x < t
-    return below | _first(x == t, k - int(below.count_nonzero()))
+    return below | _first(x == t, k - _count(below))
 
-# %% ../nbs/03_selection.ipynb #1d03066f
-def _guess(scores, gone, k, size=2**14):
+# %% ../nbs/03_selection.ipynb #4eaf6778
+def _guess(scores, gone, k, size=2**12):
     "A value that, by a sample of about `size` scores, a few more than `k` of those not gone lie below"
     step = max(1, sum(map(len, scores)) // size)
     sample = torch.cat([s[::step][~g[::step]] for s,g in zip(scores, gone)])
@@ -58,17 +61,17 @@ def _guess(scores, gone, k, size=2**14):
     i = k//step + 4*math.isqrt(k//step) + 8
     return sample.kthvalue(i).values if i <= len(sample) else torch.inf
 
-# %% ../nbs/03_selection.ipynb #5f18b4c4
+# %% ../nbs/03_selection.ipynb #94ab7640
 def _below(scores, gone, bound):
     "Positions in each layer of what is not gone and not above `bound`"
     def _positions(s, g):
         if s.device.type != 'cpu': return ((s <= bound) & ~g).nonzero().squeeze(1)
         # numpy compares and searches several times faster than torch does on a CPU; it has no bfloat16
         s = (s.float() if s.dtype == torch.bfloat16 else s).detach().numpy()
-        return torch.from_numpy(np.flatnonzero((s <= float(bound)) & ~g.numpy()))
+        return torch.from_numpy(np.flatnonzero((s <= float(bound)) > g.numpy()))
     return [_positions(s, g) for s,g in zip(scores, gone)]
 
-# %% ../nbs/03_selection.ipynb #5f44f6d3
+# %% ../nbs/03_selection.ipynb #104c2643
 def select(
     scores:list, # For each layer of the pool, the scores of its groups: tensors of any shape, without NaN
     gone:list, # For each layer, which groups are gone already: bool, in the shape of its scores
@@ -78,7 +81,7 @@ def select(
     "Mark `k` groups of the pool as `lowest` does, but `keep` the best of each layer"
     scores,flat = [s.flatten() for s in scores],[g.flatten() for g in gone]
     res = lowest(scores, flat, k)
-    if keep and len(res)>1 and any(int(r.count_nonzero()) == len(r) for r in res): res = lowest(*zip(*map(_hold_best, scores, flat)), k)
+    if keep and len(res)>1 and any(_count(r) == len(r) for r in res): res = lowest(*zip(*map(_hold_best, scores, flat)), k)
     return [r.view_as(g) for r,g in zip(res, gone)]
 
 # %% ../nbs/03_selection.ipynb #9cb5c67a

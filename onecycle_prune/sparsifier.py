@@ -135,7 +135,7 @@ def _select(self:Sparsifier, names, k):
     scores,gone = [self._scores(n) for n in names],[self._gone[n] for n in names]
     return dict(zip(names, select(scores, gone, k, keep=self.granularity.name!='layer')))
 
-# %% ../nbs/04_sparsifier.ipynb #5a62257f
+# %% ../nbs/04_sparsifier.ipynb #be56ba80
 @patch
 def _scores(self:Sparsifier, name):
     "Scores of the groups of one layer, infinite where the pattern keeps them"
@@ -146,7 +146,7 @@ def _scores(self:Sparsifier, name):
         raise ValueError(f"A criterion gives a tensor, a score for each weight; {self.criteria!r} gave a {given} for layer '{name}' of shape {m.weight.shape}.")
     scores = g.pool(scores if scores.is_floating_point() else scores.float(), m)
     # a sum is finite if all are, and cheaper to ask; only if it is not are they looked at one by one
-    if not scores.sum(dtype=torch.float32).isfinite() and not scores.isfinite().all():
+    if not scores.sum().isfinite() and not scores.isfinite().all():
         raise ValueError(f"Scores of layer '{name}' are NaN or infinite, and cannot be ranked: has the training diverged?")
     return g.limit(scores, self._gone[name], m)
 
