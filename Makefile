@@ -13,6 +13,10 @@ install: $(READY)  ## make the environment, .venv, with PYTHON (default: python3
 demo: $(READY)  ## prune a network on a small data set: make demo ARGS='--help'
 	$(BIN)/ocp-demo $(ARGS)
 
+bench: $(READY)  ## measure what pruning adds to a training step, beside the peer
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/ocp-bench $(ARGS)
+
 # One thread a process: notebooks run side by side, and threads would fight for the cores.
 test outputs: export OMP_NUM_THREADS = 1
 
@@ -44,4 +48,4 @@ $(READY): settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-.PHONY: help install demo test prepare outputs clean
+.PHONY: help install demo bench test prepare outputs clean

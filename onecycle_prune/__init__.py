@@ -1,5 +1,6 @@
 """Modules:
 
+- `onecycle_prune.bench`: What pruning costs: the time it adds to a step, beside a dense step and the peer's
 - `onecycle_prune.callback`: When fastai calls: pruning in the batches of a training
 - `onecycle_prune.criteria`: How much a weight matters
 - `onecycle_prune.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget

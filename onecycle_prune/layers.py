@@ -68,13 +68,13 @@ def _flat(layers):
     "The keys in a nested list or tuple of them"
     return [k for o in layers for k in _flat(o)] if isinstance(layers, (list, tuple)) else [layers]
 
-# %% ../nbs/03_layers.ipynb #a8b0f940
+# %% ../nbs/03_layers.ipynb #112276e8
 def _check(name, m, granularity):
     "Raise `ValueError` where the weight of `m` cannot be pruned as asked"
     layer = f"Layer '{name}' ({type(m).__name__})"
     if not isinstance(m.weight, nn.Parameter):
         raise ValueError(f"{layer} computes its weight from others, so what is zeroed would return: remove its parametrization first.")
-    if granularity.unfit(m): raise ValueError(f"{layer} cannot be pruned so: {granularity.unfit(m)}. Leave it out with `layers`.")
+    if granularity.unfit(m): raise ValueError(f"{layer} cannot be pruned so: {granularity.unfit(m)}. Leave it out with `layers`, say by a function of the module.")
     if not m.weight.isfinite().all(): raise ValueError(f"{layer} has NaN or infinite weights, which cannot be ranked.")
 
 # %% ../nbs/03_layers.ipynb #f94422eb

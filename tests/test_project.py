@@ -58,7 +58,7 @@ def test_wheel(wheel):
     metadata = wheel.read(f'{info}/METADATA').decode()
     for line in ('Name: onecycle_prune', f"Summary: {cfg['description']}", f"License-Expression: {cfg['license']}",
                  f"Requires-Python: >={cfg['min_python']}"): assert line in metadata.splitlines()
-    assert cfg['console_scripts'].replace('=', ' = ') in wheel.read(f'{info}/entry_points.txt').decode()
+    for script in cfg['console_scripts'].split(): assert script.replace('=', ' = ') in wheel.read(f'{info}/entry_points.txt').decode()
 
 
 @pytest.mark.parametrize('key', ['description', 'author', 'license', 'min_python'])
