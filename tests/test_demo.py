@@ -1,5 +1,5 @@
 "The command on a folder of a few images, in a folder with a space in its name."
-import os, subprocess, sys, warnings
+import os, subprocess, sys
 
 import numpy as np, pandas as pd, pytest
 from fastai.basics import load_learner
@@ -68,8 +68,9 @@ def test_layers(run, place):
     assert csv.zeros.iloc[-1] == csv.zeros[:-1].sum()
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning')  # `load_learner` warns of pickles
 def test_learner_predicts(run, place):
-    with warnings.catch_warnings(action='ignore'): learn = load_learner(place/'what came out'/'learner.pkl')
+    learn = load_learner(place/'what came out'/'learner.pkl')
     with learn.no_bar(): label, i, probs = learn.predict(place/'my images'/'red'/'0.png')
     assert label in ('red', 'blue') and label == learn.dls.vocab[i] and probs.sum().item() == pytest.approx(1)
     csv = pd.read_csv(place/'what came out'/'layers.csv')

@@ -1,5 +1,5 @@
 "The promises of pruning, kept in real trainings: counts are taken from the weights alone, never from the masks."
-import math, warnings
+import math
 from functools import partial
 
 import pytest, torch
@@ -216,22 +216,24 @@ def test_loads_into_plain_model(new_learner):
     assert torch.equal(plain.eval()(x), learn.model.eval()(x))
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning')  # `load_learner` warns of pickles
 def test_export(item_learner):
     "The exported learner predicts as the one in memory, and is as sparse"
     learn = item_learner()
     learn.fit(2, 1e-2, cbs=SparsifyCallback(.9, context='global'))
     learn.export('learner.pkl')
-    with warnings.catch_warnings(action='ignore'): other = load_learner(learn.path/'learner.pkl')
+    other = load_learner(learn.path/'learner.pkl')
     assert n_zeros(other.model) == n_zeros(learn.model) and sum(n_zeros(other.model).values()) == round(.9*1504)
     with other.no_bar(): assert torch.equal(other.predict(3)[2], learn.predict(3)[2])
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning')  # `load_learner` warns of pickles
 def test_export_with_callback(item_learner):
     "A callback that stays on the learner travels with it, and can train there"
     learn = item_learner(cbs=SparsifyCallback(.9))
     learn.fit(1, 1e-2)
     learn.export('learner.pkl')
-    with warnings.catch_warnings(action='ignore'): other = load_learner(learn.path/'learner.pkl')
+    other = load_learner(learn.path/'learner.pkl')
     assert torch.equal(other.predict(3)[2], learn.predict(3)[2])
     other.dls = learn.dls
     other.fit(1, 1e-2)
