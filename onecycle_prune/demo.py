@@ -9,7 +9,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/demo.html.md"""
 # %% auto #0
 __all__ = ['digits_folder', 'folder_dls', 'new_learner', 'timed_fit', 'demo']
 
-# %% ../nbs/08_demo.ipynb #281e574b
+# %% ../nbs/08_demo.ipynb #7ca7ec8d
 import pandas as pd, sys, time
 from contextlib import nullcontext
 from fastcore.script import call_parse
@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from fastai.vision.all import *
 from .callback import SparsifyCallback
-from .experiments import get_arch, write_whole
+from .experiments import get_arch, save_plot, write_whole
 from .report import plot_layers, sparsity_report
 from .schedule import plot_schedules
 from .sparsifier import Sparsifier
@@ -75,14 +75,12 @@ def timed_fit(
     acc = learn.recorder.values[-1][learn.recorder.metric_names.index('accuracy')-1]
     return dict(accuracy=round(acc, 4), sparsity=round(sparsity_report(learn.model).sparsity.iloc[-1], 6), seconds=round(seconds, 1))
 
-# %% ../nbs/08_demo.ipynb #bf7883fb
+# %% ../nbs/08_demo.ipynb #6748291d
 def _save(out, table, report, learn, names, sparsity):
     "Leave the tables, the plots and the exported learner in the folder `out`"
     plots = dict(schedules=plot_schedules(*names, sparsity=sparsity), layers=plot_layers(learn.model),
         training=learn.recorder.plot_sparsity(ax=plt.subplots()[1]))
-    for name,ax in plots.items():
-        write_whole(out/f'{name}.png', lambda p: ax.figure.savefig(p, bbox_inches='tight'))
-        plt.close(ax.figure)
+    for name,ax in plots.items(): save_plot(ax, out/f'{name}.png')
     write_whole(out/'trainings.csv', table.to_csv)
     write_whole(out/'layers.csv', lambda p: report.to_csv(p, index=False))
     learn.path = out

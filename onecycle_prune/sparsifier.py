@@ -106,7 +106,7 @@ def _budget(self:Sparsifier, names, sparsity):
     # where whole layers are the groups, one of the pool's layers stays
     return min(round(sparsity*n), n - (1 if self.granularity.name=='layer' else len(names)))
 
-# %% ../nbs/04_sparsifier.ipynb #5d24bf0d
+# %% ../nbs/04_sparsifier.ipynb #2b2238f1
 @patch
 @torch.no_grad()
 def prune(self:Sparsifier,
@@ -115,7 +115,8 @@ def prune(self:Sparsifier,
     """Zero the least important groups in place, `round(sparsity*n)` of each pool of n, so that each layer keeps one; \
 raises `ValueError` for another sparsity, or where scores cannot be ranked"""
     counts = {tuple(names): self._budget(names, s) for names,s in self._pools(check_sparsity(sparsity))}
-    gone = {n: torch.zeros_like(g) for n,g in self._gone.items()}
+    pooled = {n for names in counts for n in names}
+    gone = {n: torch.zeros_like(g) for n,g in self._gone.items() if n not in pooled} # layers without a pool are dense
     try:
         for names,k in counts.items():
             gone |= {n: self._gone[n] for n in names} if self._count.get(names)==k else self._select(names, k)
