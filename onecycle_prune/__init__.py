@@ -9,6 +9,7 @@
 - `onecycle_prune.report`: What came out: tables and plots
 - `onecycle_prune.schedule`: When: how far pruning has come, at each position of the training
 - `onecycle_prune.selection`: Which go: exactly k of a pool, ties included
-- `onecycle_prune.sparsifier`: When, what and which, on one model"""
+- `onecycle_prune.sparsifier`: When, what and which, on one model
+- `onecycle_prune.sweep`: One pass over the weights: zero what is gone, and find what could go"""
 
 __version__ = "0.1.0"

@@ -10,17 +10,19 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/bench.html.md"""
 __all__ = ['BatchTimer', 'step_time', 'middle', 'contestants', 'bench_steps', 'summary', 'plot_added', 'median_ms',
            'bench_selection', 'machine', 'bench']
 
-# %% ../nbs/09_bench.ipynb #65e87b18
+# %% ../nbs/09_bench.ipynb #89892897
 import fastai, pandas as pd, platform, time
 from contextlib import redirect_stdout
 from copy import deepcopy
-from fastcore.script import call_parse
+from fastcore.script import call_parse, store_true
 from io import StringIO
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import AMPMode
 from fastai.vision.all import *
 from .callback import SparsifyCallback
 from .experiments import get_arch, save_plot, write_whole
 from .schedule import one_cycle
-from .selection import select
+from .selection import select_
 
 # %% ../nbs/09_bench.ipynb #f73d738e
 class BatchTimer(Callback):
@@ -31,17 +33,17 @@ class BatchTimer(Callback):
         if self.x.device.type == 'cuda': torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
-# %% ../nbs/09_bench.ipynb #fa2c3b2b
+# %% ../nbs/09_bench.ipynb #97b1216e
 def step_time(
     model:nn.Module, # Trained as it is, on its own device
     batch:tuple, # Inputs and classes, on the device of the model
     n:int, # Batches to train, at least 2
-    cb=None # A callback, as `SparsifyCallback(.9)`
+    cbs=None # A callback or a list of them, as `SparsifyCallback(.9)`
 )->float: # Seconds, the median over the batches
     "The time of a training step"
     timer = BatchTimer()
     dls = DataLoaders([batch]*n, [], device=batch[0].device)
-    learn = Learner(dls, model, nn.CrossEntropyLoss(), cbs=[timer] + L(cb))
+    learn = Learner(dls, model, nn.CrossEntropyLoss(), cbs=[timer] + L(cbs))
     with learn.no_bar(), learn.no_logging(), redirect_stdout(StringIO()): learn.fit_one_cycle(1, 1e-3)
     return float(np.median(np.diff(timer.times)))
 
@@ -70,20 +72,22 @@ def contestants(
         return Peer(sparsity, 'weight', c, large_final, theirs, layer_type=(nn.Conv2d, nn.Linear))
     return res | {f'fasterai {c}': partial(peer, c) for c in ('local', 'global')}
 
-# %% ../nbs/09_bench.ipynb #e3ea4fc8
+# %% ../nbs/09_bench.ipynb #6972a296
 def bench_steps(
     arch:str, # A classification network of torchvision
     batch:tuple, # Inputs and classes, on the device to measure
     sparsity:float, # Target, in [0, 1]
     n:int, # Batches to measure
     total:int, # Batches of the training that they are the middle of
-    rounds:int # Times each contestant is measured
+    rounds:int, # Times each contestant is measured
+    ways=() # Functions without arguments to callbacks that all train with, as `ChannelsLast`
 )->pd.DataFrame: # A row for each round and contestant: network, round, contestant, milliseconds
     "Train all contestants in turn, from the same weights on the same batch"
     model,rows = get_arch(arch)(num_classes=10).to(batch[0].device),[]
-    step_time(deepcopy(model), batch, n) # the first training of a process is slower than the rest
+    def _time(cb): return 1000*step_time(deepcopy(model), batch, n, [w() for w in ways] + L(cb))
+    _time(None) # the first training of a process is slower than the rest
     for i,(name,cb) in progress_bar(list(itertools.product(range(rounds), contestants(sparsity, middle(n, total)).items()))):
-        rows.append((arch, i, name, 1000*step_time(deepcopy(model), batch, n, cb())))
+        rows.append((arch, i, name, _time(cb())))
     return pd.DataFrame(rows, columns=['network', 'round', 'contestant', 'milliseconds'])
 
 # %% ../nbs/09_bench.ipynb #34d0e8df
@@ -124,19 +128,19 @@ def median_ms(
         times.append(time.perf_counter() - start)
     return 1000 * float(np.median(times[1:]))
 
-# %% ../nbs/09_bench.ipynb #93c16ec6
+# %% ../nbs/09_bench.ipynb #1a989a8e
 def bench_selection(
     sizes:list, # Numbers of weights
     device, # Where to measure
     rounds:int # Times each
 )->pd.DataFrame: # A row for each size: weights, milliseconds to select, milliseconds to read once, and their ratio
-    "Medians of the time to select a thousandth more of a pool, half of which is gone"
+    "Medians of the time to select a thousandth more of a pool, of which half was gone at first"
     rows = []
     for n in progress_bar(sizes):
         x = torch.rand(n, device=device)
         gone,copy = x < .5,torch.empty_like(x)
-        k = int(gone.sum()) + n//1000
-        rows.append((n, median_ms(lambda: select([x], [gone], k), rounds, device), median_ms(lambda: copy.copy_(x), rounds, device)/2))
+        k = itertools.count(int(gone.sum()) + n//1000, n//1000)
+        rows.append((n, median_ms(lambda: select_([x], [gone], next(k)), rounds, device), median_ms(lambda: copy.copy_(x), rounds, device)/2))
     df = pd.DataFrame(rows, columns=['weights', 'select_ms', 'read_ms'])
     return df.assign(ratio=df.select_ms/df.read_ms)
 
@@ -146,7 +150,7 @@ def machine(device)->dict: # {name: value}
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}'
     return dict(device=name, threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__)
 
-# %% ../nbs/09_bench.ipynb #1e9599e6
+# %% ../nbs/09_bench.ipynb #ac8fcbea
 @call_parse
 def bench(
     archs:str='resnet18', # Networks of torchvision, separated by commas
@@ -156,13 +160,17 @@ def bench(
     batches:int=12, # Batches to measure
     total:int=1000, # Batches of the training that they are the middle of
     rounds:int=7, # Times each contestant is measured
+    bf16:store_true=False, # Train in mixed precision with bfloat16
+    channels_last:store_true=False, # Train in the memory layout that GPUs prefer
     max_weights:int=10**8, # Largest pool for the selection alone
     out:Path='results' # Folder for the tables and the plot
 ):
     "Measure what pruning adds to a training step, and selection alone, on the GPU if there is one"
     device = default_device()
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
-    steps = pd.concat([bench_steps(a, batch, sparsity, batches, total, rounds) for a in archs.split(',')])
+    ways = [partial(MixedPrecision, amp_mode=AMPMode.BF16)]*bf16 + [ChannelsLast]*channels_last
+    steps = pd.concat([bench_steps(a, batch, sparsity, batches, total, rounds, ways) for a in archs.split(',')])
+    steps = steps.assign(bs=bs, size=size, sparsity=sparsity, bf16=bf16, channels_last=channels_last)
     sel = bench_selection([10**i for i in range(6, len(str(max_weights)))], device, rounds)
     save_plot(plot_added(steps), Path(out)/f'bench_{device.type}.png')
     for name,df in dict(steps=steps, selection=sel).items():
