@@ -7,6 +7,7 @@
 - `onecycle_prune.granularity`: What goes together: single weights, or groups of them
 - `onecycle_prune.layers`: Which modules are pruned, and what falls silent with them
 - `onecycle_prune.report`: What came out: tables and plots
+- `onecycle_prune.resume`: What a checkpoint does not hold
 - `onecycle_prune.schedule`: When: how far pruning has come, at each position of the training
 - `onecycle_prune.selection`: Which go: exactly k of a pool, ties included
 - `onecycle_prune.sparsifier`: When, what and which, on one model

@@ -10,7 +10,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/bench.html.md"""
 __all__ = ['BatchTimer', 'step_time', 'middle', 'contestants', 'bench_steps', 'summary', 'plot_added', 'median_ms',
            'bench_selection', 'machine', 'bench']
 
-# %% ../nbs/09_bench.ipynb #89892897
+# %% ../nbs/09_bench.ipynb #8e2ed358
 import fastai, pandas as pd, platform, time
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -20,7 +20,8 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode
 from fastai.vision.all import *
 from .callback import SparsifyCallback
-from .experiments import get_arch, save_plot, write_whole
+from .experiments import get_arch, save_plot
+from .files import write_whole
 from .schedule import one_cycle
 from .selection import select_
 

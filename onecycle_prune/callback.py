@@ -9,15 +9,23 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/callback.html.md"""
 # %% auto #0
 __all__ = ['SparsifyCallback']
 
-# %% ../nbs/05_callback.ipynb #896676a9
-from fastai.learner import Callback, Recorder
-from fastcore.basics import store_attr
+# %% ../nbs/05_callback.ipynb #37f44e5e
+import math
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import ShortEpochCallback
+from fastai.learner import Callback, Learner, Recorder, SkipToEpoch
+from fastai.torch_core import rank_distrib
+from fastcore.basics import patch, store_attr
+from pathlib import Path
+from warnings import warn
 from .criteria import get_criteria
 from .granularity import conv, get_granularity, linear
+from .layers import prunable
+from .resume import fingerprint, load_memory, save_memory
 from .schedule import get_schedule
 from .sparsifier import Sparsifier, check_sparsity, get_context
 
-# %% ../nbs/05_callback.ipynb #6e8e418f
+# %% ../nbs/05_callback.ipynb #19bc3ea1
 class SparsifyCallback(Callback):
     "Prune the model while it trains, from the first batch to the last (Hubens et al., *One-Cycle Pruning*, arXiv 2107.02086)"
     order,run_valid,remove_on_fetch = Recorder.order+1,False,True
@@ -37,21 +45,19 @@ class SparsifyCallback(Callback):
 
     def before_fit(self):
         "Meet the model, refuse what cannot be done with it, and make room for a column in the training table"
-        self.sparsifier,recorder = None,getattr(self.learn, 'recorder', None)
-        if recorder: recorder.metric_names.insert(len(recorder.metric_names) - recorder.add_time, 'sparsity') # the time comes last
+        self.sparsifier,self.sparsities,self.column = None,[],'sparsity'
+        if hasattr(self.learn, 'recorder'): self._add_column()
         # the search for a learning rate is no training, and leaves the model as it was
         self.run = not hasattr(self.learn, 'lr_finder')
         # nor are `validate` and `get_preds`, which come here too, and lock the learner
-        if not self.run or self.learn.lock.locked(): return
-        self.sparsifier = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers)
-        self.sparsifier.check(self.sparsity)
-        self.sparsities = []
-        # each fit has its own list of losses, by which the recorder knows a later fit from this one
-        if recorder: recorder.sparsities,recorder.pruned = self.sparsities,recorder.losses
+        if self.run and not self.learn.lock.locked(): self._begin()
 
     def after_step(self):
         "Prune to where the schedule is at the end of this batch"
-        progress = self.schedule((self.epoch*self.n_iter + self.iter+1) / (self.n_epoch*self.n_iter))
+        n = self.n_epoch*self.epoch_size
+        i = self.epoch*self.epoch_size + self.iter
+        progress,self.is_done = self.schedule((i+1)/n),i+1==n
+        if progress < self.schedule(i/n): self.sparsifier.held.clear() # a schedule that falls gives back
         now = {k: progress*s for k,s in self.sparsity.items()} if isinstance(self.sparsity, dict) else progress*self.sparsity
         self.sparsities.append(self.sparsifier.prune(now))
 
@@ -60,5 +66,90 @@ class SparsifyCallback(Callback):
 
     def after_validate(self):
         "Write the column: the fraction of the groups that are gone"
-        if self.sparsifier is None or not hasattr(self.learn, 'recorder'): return
-        self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
+        if self.sparsifier and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
+
+    def after_epoch(self):
+        "Keep what a checkpoint of this epoch does not hold"
+        if not self.sparsifier or rank_distrib(): return
+        self.after[self.epoch+1] = fingerprint(self.sparsifier)
+        save_memory(self.memory_file, self.sparsifier, self.after)
+
+# %% ../nbs/05_callback.ipynb #aec6ca87
+@patch
+def _begin(self:SparsifyCallback):
+    "Build the sparsifier of this training"
+    self.sparsifier,self.after,self.is_done = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers),{},False
+    self._refuse_overlap()
+    self._warn_of_best()
+    self.sparsifier.check(self.sparsity)
+    self.sparsifier.hold(self.sparsity)
+    start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
+    if start: self.after = load_memory(self.memory_file, self.sparsifier, start)
+
+# %% ../nbs/05_callback.ipynb #2d50f136
+@patch(as_prop=True)
+def memory_file(self:SparsifyCallback)->Path:
+    "Where the memory of a criterion is kept that looks back to the start: beside the checkpoints"
+    return self.path/self.model_dir/f'{self.column}_memory.pth'
+
+# %% ../nbs/05_callback.ipynb #7f63b71c
+@patch(as_prop=True)
+def epoch_size(self:SparsifyCallback)->int:
+    "How many batches an epoch trains: all, or the part that a `ShortEpochCallback` leaves of them"
+    short = [math.ceil(cb.pct*self.n_iter)+1 for cb in self.learn.cbs if isinstance(cb, ShortEpochCallback)]
+    return min([self.n_iter] + short)
+
+# %% ../nbs/05_callback.ipynb #19d42b5e
+@patch
+def _refuse_overlap(self:SparsifyCallback):
+    "Raise `ValueError` where another callback of this training prunes one of the layers"
+    others = {id(m.weight) for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb is not self and getattr(cb, 'sparsifier', None)
+              for m in cb.sparsifier.layers.values()}
+    shared = [n for n,m in self.sparsifier.layers.items() if id(m.weight) in others]
+    if shared: raise ValueError(f"Two callbacks prune the same layers: {', '.join(shared)}. Give each its own by `layers`, or one of them a dict of sparsities.")
+
+# %% ../nbs/05_callback.ipynb #4123ff3c
+@patch
+def _add_column(self:SparsifyCallback):
+    "Make room for the sparsity in the training table"
+    rec = self.recorder
+    n = 1 + sum(o.startswith('sparsity') for o in rec.metric_names)
+    # each fit has its own list of losses, by which the recorder knows a later fit from this one
+    if n==1: rec.sparsities,rec.pruned = self.sparsities,rec.losses
+    else: self.column = f'sparsity_{n}'
+    rec.metric_names.insert(len(rec.metric_names) - rec.add_time, self.column) # the time comes last
+
+# %% ../nbs/05_callback.ipynb #fdf85e1f
+@patch
+def _warn_of_best(self:SparsifyCallback):
+    "Warn where the training ends with a model that may not be its last"
+    best = [cb.monitor for cb in self.learn.cbs if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end or cb.monitor.startswith('sparsity'))]
+    if best: warn(f"SaveModelCallback ends with the epoch of the best {best[0]}, which may be less sparse than the last. To end with the last, give it every_epoch, at_end, or monitor='sparsity'.")
+
+# %% ../nbs/05_callback.ipynb #5c393ae0
+@patch
+def _do_fit(self:Learner):
+    "Train as ever, and leave what is gone at zero, however the training ends"
+    cbs = [cb for cb in self.cbs if isinstance(cb, SparsifyCallback) and cb.sparsifier]
+    if not cbs and not hasattr(self, 'lr_finder'): _warn_of_zeros(self)
+    try: self._orig__do_fit()
+    finally:
+        for cb in cbs: cb._leave()
+
+# %% ../nbs/05_callback.ipynb #efa3f694
+@patch
+def _leave(self:SparsifyCallback):
+    "Leave the model pruned, and its layers' names with the learner"
+    self.sparsifier.apply()
+    self.learn.pruned_layers = list({*getattr(self.learn, 'pruned_layers', ()), *self.sparsifier.layers})
+    if self.sparsities and not self.is_done: warn(f"The training ended early, at a sparsity of {self.sparsities[-1]:.4g}, before its schedule did.")
+
+# %% ../nbs/05_callback.ipynb #81e42224
+def _warn_of_zeros(learn):
+    "Warn where a training without a callback is about to train what an earlier one removed"
+    names = getattr(learn, 'pruned_layers', ())
+    zeros = {n: float((m.weight==0).float().mean()) for n,m in prunable(learn.model).items() if n in names} if names else {}
+    if any(zeros.values()):
+        warn("Weights that an earlier training removed will be trained again: " + ', '.join(f'{n} ({z:.0%} zeros)' for n,z in zeros.items() if z)
+             + ". To keep them gone, train with `SparsifyCallback`, which holds what is gone.")
+    learn.pruned_layers = [] # said once

@@ -26,11 +26,6 @@ def small_final(m):
     "Keep the small: -|w|, in the shape of `m.weight` (Zhou et al., *Deconstructing Lottery Tickets*, arXiv 1905.01067)"
     return -m.weight.abs()
 
-# %% ../nbs/01_criteria.ipynb #ce73898e
-def random(m):
-    "Keep any: uniform in [0, 1), in the shape of `m.weight`, from torch's own generator (the control in Zhou et al., arXiv 1905.01067)"
-    return torch.rand_like(m.weight)
-
 # %% ../nbs/01_criteria.ipynb #8de7f79f
 def taylor(m):
     """Keep what the loss leans on: |w·g| with g the gradient of `m.weight`, in its shape (Lee et al., *SNIP*, arXiv 1810.02340; \
@@ -38,19 +33,25 @@ Molchanov et al., arXiv 1611.06440). Raises `ValueError` where there is no gradi
     if m.weight.grad is None: raise ValueError(f"'taylor' scores |w·g|, and {m} has no gradient: prune after `backward` and before `zero_grad`.")
     return (m.weight * m.weight.grad).abs()
 
-# %% ../nbs/01_criteria.ipynb #e1550c40
+# %% ../nbs/01_criteria.ipynb #6f8dc4cb
 class Criteria:
     "A criterion that compares a weight with what it was: `f(weight, memory)` → scores in the weight's shape"
     def __init__(self,
         f, # Function of a weight tensor and its memory, both of one shape, to scores of that shape
-        memory:str='start' # What is remembered: the weight at the 'start' of pruning, or as it was 'last' pruned
+        memory='start' # What is remembered: the weight at the 'start' of pruning, or as it was 'last' pruned, or what a function makes of it at the start
     ):
         "Raises `ValueError` for another `memory`"
-        if memory not in ('start', 'last'): refuse('memory', memory, ['start', 'last'])
+        if memory not in ('start', 'last') and not callable(memory): refuse('memory', memory, ['start', 'last'], also='a function of a weight')
         store_attr()
         update_wrapper(self, f)
 
     def __call__(self, m, memory): return self.f(m.weight, memory)
+
+    def remember(self,
+        w # A weight at the start
+    ): # Its memory, in the same shape
+        "What has to be remembered of `w`"
+        return self.memory(w) if callable(self.memory) else w.detach().clone()
 
     def __reduce__(self):
         "Pickle a decorated function by its name, under which not the function but this is found; another by its parts"
@@ -89,6 +90,17 @@ def _updating(f): return Criteria(f, memory='last')
 def updating_movement(w, last):
     "Keep what moves: |w - w′| with w′ the weight when it was last pruned (per-step form of `movement`)"
     return (w - last).abs()
+
+# %% ../nbs/01_criteria.ipynb #003a598f
+def _draw(w): return torch.rand(w.shape).to(w.device) # on the CPU, for the same numbers on any device
+
+def _drawn(f): return Criteria(f, memory=_draw)
+
+# %% ../nbs/01_criteria.ipynb #6ced01bd
+@_drawn
+def random(w, drawn):
+    "Keep any: a number in [0, 1) for each weight, drawn once, from torch's own generator (the control in Zhou et al., arXiv 1905.01067)"
+    return drawn
 
 # %% ../nbs/01_criteria.ipynb #591fb6bb
 criteria = dict(large_final=large_final, small_final=small_final, random=random, taylor=taylor, large_init=large_init,

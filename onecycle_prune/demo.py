@@ -9,7 +9,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/demo.html.md"""
 # %% auto #0
 __all__ = ['digits_folder', 'folder_dls', 'new_learner', 'timed_fit', 'demo']
 
-# %% ../nbs/08_demo.ipynb #7ca7ec8d
+# %% ../nbs/08_demo.ipynb #9533ab6b
 import pandas as pd, sys, time
 from contextlib import nullcontext
 from fastcore.script import call_parse
@@ -18,7 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from fastai.vision.all import *
 from .callback import SparsifyCallback
-from .experiments import get_arch, save_plot, write_whole
+from .experiments import get_arch, save_plot
+from .files import write_whole
 from .report import plot_layers, sparsity_report
 from .schedule import plot_schedules
 from .sparsifier import Sparsifier

@@ -49,7 +49,7 @@ def get_context(
     if context not in ('local', 'global'): refuse('context', context, ['local', 'global'])
     return context
 
-# %% ../nbs/04_sparsifier.ipynb #edd07994
+# %% ../nbs/04_sparsifier.ipynb #21047559
 class Sparsifier:
     "Zeroes the least important weights of a model, exactly as many as asked"
     def __init__(self,
@@ -61,14 +61,34 @@ class Sparsifier:
     ):
         "Raises `ValueError` where an argument is not one of these, or a layer cannot be pruned as asked"
         self.granularity,self.context,self.criteria = get_granularity(granularity),get_context(context),get_criteria(criteria)
-        self.layers = choose(model, layers, self.granularity)
+        self._chosen = choose(model, layers, self.granularity)
+        self.layers = {n: m for n,m in self._chosen.items() if m.weight.requires_grad}
+        frozen = [n for n in self._chosen if n not in self.layers]
+        if frozen: warn(f"Frozen layers are not pruned: {', '.join(frozen)}.")
         if self.granularity.name=='layer' and context=='local':
             raise ValueError("Granularity 'layer' removes whole layers, which compete only in context='global'.")
         self.silenced = self._silenced_by_filters(model) if self.granularity.name=='filter' else {}
-        self._gone = {n: self.granularity.zeros(m) for n,m in self.layers.items()}
+        self._gone = {n: self._zeros(m) for n,m in self.layers.items()}
+        self.held = {} # how many groups of each pool `hold` keeps gone, by the names of its layers
         self._finite = {} # for each layer, whether its scores were finite when last heard of
         self._count = {} # how many groups of each pool are gone, by the names of its layers, once it is pruned
-        self._memory = {n: m.weight.detach().clone() for n,m in self.layers.items()} if hasattr(self.criteria, 'memory') else {}
+        self._memory = self._remember() if hasattr(self.criteria, 'memory') else {}
+
+# %% ../nbs/04_sparsifier.ipynb #215ba550
+@patch
+def _zeros(self:Sparsifier, m):
+    "Which groups of the layer `m` have been removed before"
+    zeros = self.granularity.zeros(m)
+    return torch.zeros_like(zeros) if zeros.all() and self.granularity.name!='layer' else zeros
+
+# %% ../nbs/04_sparsifier.ipynb #9c3b95d1
+@patch
+def _remember(self:Sparsifier):
+    "What the criterion has to remember of each layer: {name: tensor}"
+    with torch.random.fork_rng(devices=[]): memory = {n: self.criteria.remember(m.weight) for n,m in self.layers.items()}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for t in memory.values(): torch.distributed.broadcast(t, 0)
+    return memory
 
 # %% ../nbs/04_sparsifier.ipynb #c190084f
 @patch
@@ -79,16 +99,18 @@ def _silenced_by_filters(self:Sparsifier, model):
     tensors = {n: [m.bias] + [t for bn in bns.get(m, []) for t in of_bn(bn)] for n,m in self.layers.items()}
     return {n: [t for t in ts if t is not None] for n,ts in tensors.items()}
 
-# %% ../nbs/04_sparsifier.ipynb #64c9ec4f
+# %% ../nbs/04_sparsifier.ipynb #3f88dcb9
 @patch
 def _pools(self:Sparsifier, sparsity):
     "Lists of layer names that compete, each with the fraction that goes"
-    found = [(match(k, self.layers), s) for k,s in sparsity.items()] if isinstance(sparsity, dict) else [(list(self.layers), sparsity)]
-    free,pools = set(self.layers),[]
+    found = [(match(k, self._chosen), s) for k,s in sparsity.items()] if isinstance(sparsity, dict) else [(list(self._chosen), sparsity)]
+    free,pools = set(self._chosen),[]
     for names,s in sorted(found, key=lambda o: len(o[0])):
         own = [n for n in names if n in free]
-        if not own: raise ValueError(f"An entry of the sparsity dict has no layer of its own: {', '.join(names) or 'it matches none'}. Layers: {', '.join(self.layers)}.")
+        if not own: raise ValueError(f"An entry of the sparsity dict has no layer of its own: {', '.join(names) or 'it matches none'}. Layers: {', '.join(self._chosen)}.")
         free -= set(own)
+        own = [n for n in own if n in self.layers] # the frozen wait
+        if not own: continue
         pools += [(own, s)] if self.context=='global' else [([n], s) for n in own]
     return pools
 
@@ -108,7 +130,13 @@ def _budget(self:Sparsifier, names, sparsity):
     # where whole layers are the groups, one of the pool's layers stays
     return min(round(sparsity*n), n - (1 if self.granularity.name=='layer' else len(names)))
 
-# %% ../nbs/04_sparsifier.ipynb #30a54ac4
+# %% ../nbs/04_sparsifier.ipynb #a5818291
+@patch
+def _counts(self:Sparsifier, sparsity):
+    "How many groups of each pool go: {names of its layers: k}"
+    return {tuple(names): self._budget(names, s) for names,s in self._pools(check_sparsity(sparsity))}
+
+# %% ../nbs/04_sparsifier.ipynb #5f72c36c
 @patch
 @torch.no_grad()
 def prune(self:Sparsifier,
@@ -116,8 +144,9 @@ def prune(self:Sparsifier,
 )->float: # Fraction of the groups of all pools that are gone now
     """Zero the least important groups in place, `round(sparsity*n)` of each pool of n, so that each layer keeps one; \
 raises `ValueError` for another sparsity, or where scores cannot be ranked"""
-    counts = {tuple(names): self._budget(names, s) for names,s in self._pools(check_sparsity(sparsity))}
-    share = sum(counts.values()) / sum(map(self._size, counts))
+    counts = self._counts(sparsity)
+    counts = {names: max(k, self.held.get(names, 0)) for names,k in counts.items()}
+    share = sum(counts.values()) / max(1, sum(map(self._size, counts)))
     pooled = {n for names in counts for n in names}
     counts |= {(n,): 0 for n in self.layers if n not in pooled} # layers without a pool are dense
     before,self._count = self._count,{} # until all is done, they are not known
@@ -212,3 +241,28 @@ def check(self:Sparsifier,
     for names,s in self._pools(check_sparsity(sparsity)):
         k,n = self._budget(names, s),self._size(names)
         if k < round(s*n): warn(f"{', '.join(names)}: {s:g} of {n} would leave a layer with nothing. One group of each layer is kept, {k/n:.6g} will be gone.")
+
+# %% ../nbs/04_sparsifier.ipynb #d7ac11a7
+@patch
+def hold(self:Sparsifier,
+    sparsity # As for `prune`
+):
+    "Keep gone what is gone now, of each pool at most to `sparsity`, also where `prune` is asked for less"
+    self.held = {names: min(k, sum(int(self._gone[n].sum()) for n in names)) for names,k in self._counts(sparsity).items()}
+
+# %% ../nbs/04_sparsifier.ipynb #70346178
+@patch
+def state_dict(self:Sparsifier)->dict: # {name: tensor in the shape of the layer's weight}, empty for most criteria
+    "What cannot be had back from the weights: what the criterion remembers of the start"
+    return self._memory if getattr(self.criteria, 'memory', 'last')!='last' else {}
+
+# %% ../nbs/04_sparsifier.ipynb #8e74cf6c
+@patch
+@torch.no_grad()
+def load_state_dict(self:Sparsifier,
+    state:dict # As `state_dict` gave it, for a sparsifier of the same layers and criterion
+):
+    "Take over what another sparsifier remembered; raises `ValueError` where it is of other layers"
+    shapes,given = ({n: tuple(t.shape) for n,t in o.items()} for o in (self.state_dict(), state))
+    if shapes != given: raise ValueError(f"The state is of other layers: {given}. Those of this sparsifier: {shapes}.")
+    for n,t in state.items(): self._memory[n].copy_(t)

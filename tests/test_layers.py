@@ -8,7 +8,7 @@ from torchvision import models
 from conftest import assert_same, bits
 from helpers import channel
 from onecycle_prune.granularity import conv, get_granularity, linear
-from onecycle_prune.layers import batchnorms_after, choose, prunable
+from onecycle_prune.layers import bare, batchnorms_after, choose, match, prunable
 from onecycle_prune.sparsifier import Sparsifier
 
 
@@ -98,21 +98,26 @@ def test_one_module_twice():
     assert list(prunable(nn.ModuleDict(dict(a=l, b=nn.Sequential(l))))) == ['a']
 
 
-def test_frozen():
-    net = Net()
-    for m in (net.stem, net.body2): m.requires_grad_(False)
-    with pytest.warns(UserWarning, match='not pruned: stem, body2'):
-        assert chosen(net, (conv, linear)) == ['body.0', 'body.2.up', 'head']
+def test_attention():
+    "The packed projections, and those of their own where keys and values differ in size"
+    net = nn.ModuleDict(dict(a=nn.MultiheadAttention(8, 2), b=nn.MultiheadAttention(8, 2, kdim=4, vdim=6)))
+    assert {n: tuple(m.weight.shape) for n, m in prunable(net).items()} == {
+        'a.in_proj': (24, 8), 'a.out_proj': (8, 8), 'b.q_proj': (8, 8), 'b.k_proj': (8, 4), 'b.v_proj': (8, 6), 'b.out_proj': (8, 8)}
+    assert match('a', prunable(net)) == match(net['a'], prunable(net)) == ['a.in_proj', 'a.out_proj']
+    assert len(match(nn.Linear, prunable(net))) == 6
 
 
-def test_frozen_bias_only(recwarn):
-    net = nn.Sequential(nn.Linear(2, 2))
-    net[0].bias.requires_grad_(False)
-    assert chosen(net, nn.Linear) == ['0'] and not recwarn.list
+def test_lazy():
+    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match='no weights yet: 0, 2. Pass a batch'): prunable(net)
+    net(torch.randn(2, 3, 5, 5))
+    assert list(prunable(net)) == ['0', '2']
 
 
-def test_all_frozen():
-    with pytest.raises(ValueError, match='stem, .*head are frozen'): chosen(Net().requires_grad_(False), (conv, linear))
+@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile, lambda m: nn.DataParallel(torch.compile(m))], ids=['parallel', 'compiled', 'both'])
+def test_wrapped(wrap):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert list(prunable(wrap(net))) == ['0', '1'] and bare(wrap(net)) is net
 
 
 computed = dict(

@@ -143,13 +143,6 @@ def parametrized():
     return net
 
 
-def frozen():
-    "All but the batch norms, as fastai freezes"
-    net = tiny_net()
-    for i in (0, 3, 8): net[i].requires_grad_(False)
-    return net
-
-
 def with_weight(value):
     net = tiny_net()
     net[3].weight.data[1, 2, 0, 0] = value
@@ -158,11 +151,10 @@ def with_weight(value):
 
 @pytest.mark.parametrize('make,message', [
     (lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(144)), r'Nothing to prune: Sequential has no convolution and no linear layer'),
-    (frozen, r'Nothing to prune: 0, 3, 8 are frozen\. Unfreeze'),
     (parametrized, r"Layer '3'.*computes its weight from others.*remove its parametrization"),
     (lambda: with_weight(math.nan), r"Layer '3' \(Conv2d\) has NaN or infinite weights"),
     (lambda: with_weight(math.inf), r"Layer '3' \(Conv2d\) has NaN or infinite weights"),
-], ids=['no layers', 'frozen', 'parametrized', 'nan', 'inf'])
+], ids=['no layers', 'parametrized', 'nan', 'inf'])
 def test_model_refused(new_learner, make, message):
     learn = new_learner(make())
     before = bits(learn.model)
