@@ -17,8 +17,12 @@ bench: $(READY)  ## measure what pruning adds to a training step, beside the pee
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/ocp-bench $(ARGS)
 
+reliability: $(READY)  ## hold the situations of the tests against this package and the peer
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python tools/reliability.py
+
 # One thread a process: notebooks run side by side, and threads would fight for the cores.
-test outputs: export OMP_NUM_THREADS = 1
+test outputs reliability: export OMP_NUM_THREADS = 1
 
 test: $(READY)  ## run the notebooks, then the tests
 	$(BIN)/nbdev-test
@@ -48,4 +52,4 @@ $(READY): settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-.PHONY: help install demo bench test prepare outputs clean
+.PHONY: help install demo bench reliability test prepare outputs clean

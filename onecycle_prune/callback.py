@@ -9,13 +9,14 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/callback.html.md"""
 # %% auto #0
 __all__ = ['SparsifyCallback']
 
-# %% ../nbs/05_callback.ipynb #37f44e5e
+# %% ../nbs/05_callback.ipynb #ffdfff75
 import math
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import ShortEpochCallback
-from fastai.learner import Callback, Learner, Recorder, SkipToEpoch
+from fastai.learner import Callback, Learner, Recorder, SkipToEpoch, save_model
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch, store_attr
+from fastcore.meta import delegates
 from pathlib import Path
 from warnings import warn
 from .criteria import get_criteria
@@ -25,7 +26,7 @@ from .resume import fingerprint, load_memory, save_memory
 from .schedule import get_schedule
 from .sparsifier import Sparsifier, check_sparsity, get_context
 
-# %% ../nbs/05_callback.ipynb #19bc3ea1
+# %% ../nbs/05_callback.ipynb #816b6106
 class SparsifyCallback(Callback):
     "Prune the model while it trains, from the first batch to the last (Hubens et al., *One-Cycle Pruning*, arXiv 2107.02086)"
     order,run_valid,remove_on_fetch = Recorder.order+1,False,True
@@ -68,12 +69,6 @@ class SparsifyCallback(Callback):
         "Write the column: the fraction of the groups that are gone"
         if self.sparsifier and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
 
-    def after_epoch(self):
-        "Keep what a checkpoint of this epoch does not hold"
-        if not self.sparsifier or rank_distrib(): return
-        self.after[self.epoch+1] = fingerprint(self.sparsifier)
-        save_memory(self.memory_file, self.sparsifier, self.after)
-
 # %% ../nbs/05_callback.ipynb #aec6ca87
 @patch
 def _begin(self:SparsifyCallback):
@@ -91,6 +86,23 @@ def _begin(self:SparsifyCallback):
 def memory_file(self:SparsifyCallback)->Path:
     "Where the memory of a criterion is kept that looks back to the start: beside the checkpoints"
     return self.path/self.model_dir/f'{self.column}_memory.pth'
+
+# %% ../nbs/05_callback.ipynb #b5b8aa69
+@patch
+@delegates(save_model)
+def save(self:Learner, file, **kwargs):
+    "Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, and beside it what a `SparsifyCallback` remembers"
+    path = self._orig_save(file, **kwargs)
+    for cb in self.cbs:
+        if isinstance(cb, SparsifyCallback) and cb.sparsifier and not rank_distrib(): cb._save_memory()
+    return path
+
+# %% ../nbs/05_callback.ipynb #da68f8f6
+@patch
+def _save_memory(self:SparsifyCallback):
+    "Keep what the checkpoint of this epoch does not hold"
+    self.after[self.epoch+1] = fingerprint(self.sparsifier)
+    save_memory(self.memory_file, self.sparsifier, self.after)
 
 # %% ../nbs/05_callback.ipynb #7f63b71c
 @patch(as_prop=True)

@@ -1,8 +1,8 @@
 """What a checkpoint does not hold
 
-A checkpoint of the model holds what is gone: its zeros. But a criterion that looks back to the start of training, as `movement` does, has to remember it, and a training that was broken off has forgotten. So its memory is kept in a small file beside the checkpoints, written anew after each epoch, whole or not at all. For other criteria there is no such file.
+A checkpoint of the model holds what is gone: its zeros. But a criterion that looks back to the start of training, as `movement` does, has to remember it, and a training that was broken off has forgotten. So its memory is kept in a file beside the checkpoints, written anew with each of them, whole or not at all. For other criteria there is no such file.
 
-The file also knows how the weights were after each epoch. So a memory is never taken for that of another training, which may have used the same folder.
+The file also knows how the weights were in each of them. So a memory is never taken for that of another training, which may have used the same folder.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/resume.html.md"""
 
@@ -25,11 +25,11 @@ def fingerprint(
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return [int(m.weight.detach().view(bits[m.weight.element_size()]).sum()) for m in sparsifier.layers.values()]
 
-# %% ../nbs/05_resume.ipynb #3989db54
+# %% ../nbs/05_resume.ipynb #f7454ac3
 def save_memory(
     path:Path, # The file
     sparsifier:Sparsifier, # Whose memory is kept, if it has one
-    after:dict # {number of epochs done: `fingerprint` then}
+    after:dict # {number of epochs done: `fingerprint` of the checkpoint then}
 ):
     "Write what the criterion remembers, whole or not at all; without a memory, no file"
     if sparsifier.state_dict(): write_whole(path, lambda p: torch.save(dict(memory=sparsifier.state_dict(), after=after), p))

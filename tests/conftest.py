@@ -7,6 +7,7 @@ from functools import partial
 import pytest, torch
 from fastai.basics import Categorize, DataLoader, DataLoaders, Datasets, Learner, SGD, noop
 from fastai.callback.progress import ProgressCallback
+from onecycle_prune.callback import SparsifyCallback
 from torch import nn
 
 quick_sgd = partial(SGD, mom=.9)
@@ -68,3 +69,34 @@ assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True
 def n_zeros(model):
     "The number of zero weights of each convolution and linear layer, by name"
     return {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+
+def pytest_addoption(parser): parser.addoption('--peer', action='store_true', help="hold the situations of test_reliability.py against fasterai's callback")
+
+
+def fasterai_callback(sparsity, context='local', layers=(nn.Conv2d, nn.Linear), **kwargs):
+    "The peer's callback with the same schedule, or its own names for what is asked"
+    from fasterai.core.criteria import large_final
+    from fasterai.core.schedule import one_cycle
+    from fasterai.sparse.sparsify_callback import SparsifyCallback
+    return SparsifyCallback(sparsity, 'weight', context, large_final, one_cycle, layer_type=layers, **kwargs)
+
+
+@pytest.fixture
+def prune(request):
+    "A function of sparsity, context and others to a callback that prunes single weights"
+    return fasterai_callback if request.config.getoption('peer') else lambda sparsity, context='local', **kw: SparsifyCallback(sparsity, context=context, **kw)
+
+
+@pytest.fixture
+def tolerance(request):
+    "How far from the target a layer may end: not at all, but for the peer, whose exactness is a situation of its own"
+    return .05 if request.config.getoption('peer') else 0
+
+
+@pytest.fixture(autouse=True)
+def told(request, record_property):
+    "The report of a test names its situation, by its docstring, and the area, by that of its class or file"
+    where = request.cls or request.module
+    record_property('area', (where.__doc__ or '').splitlines()[0] if where.__doc__ else '')
+    record_property('situation', request.function.__doc__ or request.function.__name__)
