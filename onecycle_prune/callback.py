@@ -26,7 +26,7 @@ from .resume import fingerprint, load_memory, save_memory
 from .schedule import get_schedule
 from .sparsifier import Sparsifier, check_sparsity, get_context
 
-# %% ../nbs/05_callback.ipynb #816b6106
+# %% ../nbs/05_callback.ipynb #ff12fe22
 class SparsifyCallback(Callback):
     "Prune the model while it trains, from the first batch to the last (Hubens et al., *One-Cycle Pruning*, arXiv 2107.02086)"
     order,run_valid,remove_on_fetch = Recorder.order+1,False,True
@@ -55,25 +55,35 @@ class SparsifyCallback(Callback):
 
     def after_step(self):
         "Prune to where the schedule is at the end of this batch"
-        n = self.n_epoch*self.epoch_size
-        i = self.epoch*self.epoch_size + self.iter
-        progress,self.is_done = self.schedule((i+1)/n),i+1==n
-        if progress < self.schedule(i/n): self.sparsifier.held.clear() # a schedule that falls gives back
-        now = {k: progress*s for k,s in self.sparsity.items()} if isinstance(self.sparsity, dict) else progress*self.sparsity
-        self.sparsities.append(self.sparsifier.prune(now))
+        n,i = self.n_epoch*self.epoch_size,self.epoch*self.epoch_size + self.iter
+        self.sparsities.append(self._prune_to((i+1)/n, i/n))
 
     # a batch that is cancelled before its step still takes its share of the schedule
     def after_cancel_batch(self): self.after_step()
+
+    def before_train(self): self.cancelled = False
+    def after_cancel_train(self): self.cancelled = True
+    def after_train(self):
+        "Come to the end of the schedule also where the data ends before its length says, as in some distributed trainings"
+        if self.epoch==self.n_epoch-1 and self.sparsities and self.pos<1 and not self.cancelled: self.sparsities[-1] = self._prune_to(1., self.pos)
 
     def after_validate(self):
         "Write the column: the fraction of the groups that are gone"
         if self.sparsifier and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
 
-# %% ../nbs/05_callback.ipynb #aec6ca87
+# %% ../nbs/05_callback.ipynb #f824b42b
+@patch
+def _prune_to(self:SparsifyCallback, pos, last):
+    "Prune to where the schedule is at `pos`, coming from `last`, both in [0, 1], and return the fraction that is gone"
+    self.pos,progress = pos,self.schedule(pos)
+    if progress < self.schedule(last): self.sparsifier.held.clear() # a schedule that falls gives back
+    return self.sparsifier.prune({k: progress*s for k,s in self.sparsity.items()} if isinstance(self.sparsity, dict) else progress*self.sparsity)
+
+# %% ../nbs/05_callback.ipynb #86d2992b
 @patch
 def _begin(self:SparsifyCallback):
     "Build the sparsifier of this training"
-    self.sparsifier,self.after,self.is_done = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers),{},False
+    self.sparsifier,self.after,self.pos = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers),{},0.
     self._refuse_overlap()
     self._warn_of_best()
     self.sparsifier.check(self.sparsity)
@@ -148,13 +158,13 @@ def _do_fit(self:Learner):
     finally:
         for cb in cbs: cb._leave()
 
-# %% ../nbs/05_callback.ipynb #efa3f694
+# %% ../nbs/05_callback.ipynb #4fee563f
 @patch
 def _leave(self:SparsifyCallback):
     "Leave the model pruned, and its layers' names with the learner"
     self.sparsifier.apply()
     self.learn.pruned_layers = list({*getattr(self.learn, 'pruned_layers', ()), *self.sparsifier.layers})
-    if self.sparsities and not self.is_done: warn(f"The training ended early, at a sparsity of {self.sparsities[-1]:.4g}, before its schedule did.")
+    if self.sparsities and self.pos < 1: warn(f"The training ended early, at a sparsity of {self.sparsities[-1]:.4g}, before its schedule did.")
 
 # %% ../nbs/05_callback.ipynb #81e42224
 def _warn_of_zeros(learn):

@@ -49,7 +49,7 @@ def get_context(
     if context not in ('local', 'global'): refuse('context', context, ['local', 'global'])
     return context
 
-# %% ../nbs/04_sparsifier.ipynb #21047559
+# %% ../nbs/04_sparsifier.ipynb #d25f8076
 class Sparsifier:
     "Zeroes the least important weights of a model, exactly as many as asked"
     def __init__(self,
@@ -72,7 +72,7 @@ class Sparsifier:
         self.held = {} # how many groups of each pool `hold` keeps gone, by the names of its layers
         self._finite = {} # for each layer, whether its scores were finite when last heard of
         self._count = {} # how many groups of each pool are gone, by the names of its layers, once it is pruned
-        self._memory = self._remember() if hasattr(self.criteria, 'memory') else {}
+        self._memory = self._remember(model) if hasattr(self.criteria, 'memory') else {}
 
 # %% ../nbs/04_sparsifier.ipynb #215ba550
 @patch
@@ -81,12 +81,12 @@ def _zeros(self:Sparsifier, m):
     zeros = self.granularity.zeros(m)
     return torch.zeros_like(zeros) if zeros.all() and self.granularity.name!='layer' else zeros
 
-# %% ../nbs/04_sparsifier.ipynb #9c3b95d1
+# %% ../nbs/04_sparsifier.ipynb #7030a1fe
 @patch
-def _remember(self:Sparsifier):
+def _remember(self:Sparsifier, model):
     "What the criterion has to remember of each layer: {name: tensor}"
     with torch.random.fork_rng(devices=[]): memory = {n: self.criteria.remember(m.weight) for n,m in self.layers.items()}
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         for t in memory.values(): torch.distributed.broadcast(t, 0)
     return memory
 

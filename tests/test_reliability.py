@@ -28,6 +28,12 @@ class Break(Callback):
         if self.training and (self.epoch, self.iter) == self.at: raise self.ex
 
 
+class Snapshot(Callback):
+    "Pickle the learner with all its callbacks in the middle of a training"
+    def before_batch(self):
+        if self.training and (self.epoch, self.iter) == (1, 2): self.taken = pickle.dumps(self.learn)
+
+
 @pytest.fixture
 def at_target(tolerance):
     "A function that asserts that the layers of a model are as sparse as they should be, 90 % if not said"
@@ -148,6 +154,15 @@ class TestCheckpoints:
         learn.fit(3, 1e-2, cbs=[cb, Callback(before_batch=take)])
         (model, sparsifier), = copies
         assert n_zeros(model)['3'] > 0 and sparsifier is not cb.sparsifier
+
+    def test_pickle_learner(self, new_learner, prune, at_target):
+        "pickle of the learner with its callbacks in the middle of a training, and a training that goes on from it"
+        learn, cb = new_learner(cbs=prune(.9)), Snapshot()
+        learn.fit(3, 1e-2, cbs=cb)
+        again = pickle.loads(cb.taken)
+        assert n_zeros(again.model)['3'] > 0
+        again.fit(1, 1e-2)
+        at_target(again.model)
 
     def test_save_learner(self, new_learner, prune, at_target):
         "torch.save of the whole learner, with the callback on it, and a training that goes on from it"
@@ -477,6 +492,18 @@ class TestPrecision:
 
 class TestDegenerate:
     "Degenerate trainings"
+
+    @pytest.mark.parametrize('schedule', ['one_cycle', 'agp'])
+    def test_short_loader(self, new_learner, prune, at_target, schedule, request, recwarn):
+        "A loader that ends before its length says, as fastai's distributed one does with drop_last"
+        if request.config.getoption('peer') and schedule != 'one_cycle': pytest.skip('as the variant before')
+        class Longer(DataLoader):
+            def __len__(self): return super().__len__() + 1
+        learn = new_learner()
+        learn.dls.train = Longer(learn.dls.train.dataset, bs=8)
+        learn.fit(2, 1e-2, cbs=prune(.9, **({} if schedule == 'one_cycle' else dict(schedule=schedule))))
+        at_target(learn.model)
+        assert not any('ended early' in str(w.message) for w in recwarn)
 
     @pytest.mark.parametrize('n', [1, 2])
     def test_few_batches(self, new_learner, prune, at_target, n):
