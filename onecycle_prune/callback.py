@@ -79,7 +79,7 @@ def _prune_to(self:SparsifyCallback, pos, last):
     if progress < self.schedule(last): self.sparsifier.held.clear() # a schedule that falls gives back
     return self.sparsifier.prune({k: progress*s for k,s in self.sparsity.items()} if isinstance(self.sparsity, dict) else progress*self.sparsity)
 
-# %% ../nbs/05_callback.ipynb #86d2992b
+# %% ../nbs/05_callback.ipynb #941776e4
 @patch
 def _begin(self:SparsifyCallback):
     "Build the sparsifier of this training"
@@ -90,6 +90,8 @@ def _begin(self:SparsifyCallback):
     self.sparsifier.hold(self.sparsity)
     start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
     if start: self.after = load_memory(self.memory_file, self.sparsifier, start)
+    # each fit has its own list of losses, by which the recorder knows a later fit from this one
+    if self.column=='sparsity' and hasattr(self.learn, 'recorder'): self.recorder.sparsities,self.recorder.pruned = self.sparsities,self.recorder.losses
 
 # %% ../nbs/05_callback.ipynb #2d50f136
 @patch(as_prop=True)
@@ -130,15 +132,13 @@ def _refuse_overlap(self:SparsifyCallback):
     shared = [n for n,m in self.sparsifier.layers.items() if id(m.weight) in others]
     if shared: raise ValueError(f"Two callbacks prune the same layers: {', '.join(shared)}. Give each its own by `layers`, or one of them a dict of sparsities.")
 
-# %% ../nbs/05_callback.ipynb #4123ff3c
+# %% ../nbs/05_callback.ipynb #fa7241c7
 @patch
 def _add_column(self:SparsifyCallback):
     "Make room for the sparsity in the training table"
     rec = self.recorder
     n = 1 + sum(o.startswith('sparsity') for o in rec.metric_names)
-    # each fit has its own list of losses, by which the recorder knows a later fit from this one
-    if n==1: rec.sparsities,rec.pruned = self.sparsities,rec.losses
-    else: self.column = f'sparsity_{n}'
+    if n > 1: self.column = f'sparsity_{n}'
     rec.metric_names.insert(len(rec.metric_names) - rec.add_time, self.column) # the time comes last
 
 # %% ../nbs/05_callback.ipynb #fdf85e1f

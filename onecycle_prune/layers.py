@@ -9,11 +9,12 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/layers.html.md"""
 # %% auto #0
 __all__ = ['bare', 'prunable', 'match', 'choose', 'batchnorms_after']
 
-# %% ../nbs/03_layers.ipynb #19610226
+# %% ../nbs/03_layers.ipynb #24703c17
 import copy,torch,torch.nn.functional as F
 from torch import fx,nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from .naming import refuse
 from .granularity import conv, linear, Granularity
 
@@ -25,16 +26,16 @@ def bare(
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return bare(model.module)
     return bare(vars(model)['_modules']['_orig_mod']) if '_orig_mod' in vars(model)['_modules'] else model
 
-# %% ../nbs/03_layers.ipynb #0dcf4523
+# %% ../nbs/03_layers.ipynb #00ae81a0
 def prunable(
     model:nn.Module # Any model
 )->dict: # {name: module}, in the order of `model.named_modules()`
     "The convolutions and linear layers of `model` that have weights, attention's projections too; those that share one are listed once, under the first name"
-    # a weight that is computed anew at each look has to be held, or the next one may get its id
-    named = [(n, m, m.weight) for n,m in _named_layers(bare(model))]
+    # a weight that is computed at each look is not looked at: spectral norm goes on with each
+    named = [(n, m, m if is_parametrized(m, 'weight') else m.weight) for n,m in _named_layers(bare(model))]
     lazy = [n for n,_,w in named if is_lazy(w)]
     if lazy: raise ValueError(f"Layers that wait for their first batch have no weights yet: {', '.join(lazy)}. Pass a batch through the model first.")
-    first = {id(w): n for n,_,w in reversed(named) if w.numel()}
+    first = {id(w): n for n,m,w in reversed(named) if w is m or w.numel()}
     return {n: m for n,m,w in named if first.get(id(w))==n}
 
 # %% ../nbs/03_layers.ipynb #f77bcd03
@@ -94,11 +95,11 @@ def _flat(layers):
     "The keys in a nested list or tuple of them"
     return [k for o in layers for k in _flat(o)] if isinstance(layers, (list, tuple)) else [layers]
 
-# %% ../nbs/03_layers.ipynb #112276e8
+# %% ../nbs/03_layers.ipynb #c312215d
 def _check(name, m, granularity):
     "Raise `ValueError` where the weight of `m` cannot be pruned as asked"
     layer = f"Layer '{name}' ({type(m).__name__})"
-    if not isinstance(m.weight, nn.Parameter):
+    if is_parametrized(m, 'weight') or not isinstance(m.weight, nn.Parameter):
         raise ValueError(f"{layer} computes its weight from others, so what is zeroed would return: remove its parametrization first.")
     if granularity.unfit(m): raise ValueError(f"{layer} cannot be pruned so: {granularity.unfit(m)}. Leave it out with `layers`, say by a function of the module.")
     if not m.weight.isfinite().all(): raise ValueError(f"{layer} has NaN or infinite weights, which cannot be ranked.")

@@ -9,24 +9,33 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/report.html.md"""
 # %% auto #0
 __all__ = ['sparsity_report', 'plot_layers']
 
-# %% ../nbs/06_report.ipynb #a9368efa
+# %% ../nbs/06_report.ipynb #bb0fd6f2
 import pandas as pd
 from fastcore.basics import patch
 from fastai.learner import Recorder
+from torch.nn.utils.parametrize import is_parametrized
 from .layers import prunable
 
-# %% ../nbs/06_report.ipynb #7465303d
+# %% ../nbs/06_report.ipynb #45e8cd4b
 def sparsity_report(
     model # Any model
 )->pd.DataFrame: # A row for each convolution and linear layer, and the total: layer, kind, shape, weights, zeros, sparsity in [0, 1]
     "Count the weights that are exactly zero, layer by layer; biases and batch norms are not counted"
-    rows = [(n, type(m).__name__, '×'.join(map(str, m.weight.shape)), m.weight.numel(), int((m.weight==0).sum()))
-            for n,m in prunable(model).items()]
+    weights = {n: (m, _look(m)) for n,m in prunable(model).items()}
+    rows = [(n, type(m).__name__, '×'.join(map(str, w.shape)), w.numel(), int((w==0).sum())) for n,(m,w) in weights.items()]
     df = pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'weights', 'zeros'])
     df.loc[len(df)] = ['total', '', '', df.weights.sum(), df.zeros.sum()]
     # a model without weights has no share of them
     df['sparsity'] = (df.zeros / df.weights.where(df.weights>0)).astype(float).fillna(0.)
     return df
+
+# %% ../nbs/06_report.ipynb #957403d1
+def _look(m):
+    "The weight of `m`; where it is computed, as in evaluation, which changes nothing"
+    if not is_parametrized(m, 'weight'): return m.weight
+    training = m.training
+    try: return m.eval().weight
+    finally: m.train(training)
 
 # %% ../nbs/06_report.ipynb #0882eb2a
 def plot_layers(

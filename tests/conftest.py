@@ -98,5 +98,5 @@ def tolerance(request):
 def told(request, record_property):
     "The report of a test names its situation, by its docstring, and the area, by that of its class or file"
     where = request.cls or request.module
-    record_property('area', (where.__doc__ or '').splitlines()[0] if where.__doc__ else '')
+    record_property('area', getattr(where, 'area', None) or (where.__doc__ or '').partition('\n')[0])
     record_property('situation', request.function.__doc__ or request.function.__name__)

@@ -17,6 +17,7 @@ from fastai.distributed import DistributedDL
 from conftest import assert_same, bits, hush, quick_sgd, tiny_dls, tiny_net
 from test_training import Probe, assert_counts, groups, layers, progress
 
+area = 'Many processes'
 cases = [(criterion, context) for criterion in ('large_final', 'random', 'movement') for context in ('local', 'global')]
 epochs, n_batches = 4, 3  # of the five batches of `tiny_dls`, each process has three
 runs = dict(whole=0, resumed=2)  # the first epoch of each
@@ -94,11 +95,13 @@ def test_processes_agree(ranks, run):
 
 
 def test_processes_began_apart(ranks):
+    "What they agree on they had to find: before the training their weights differ"
     for n in '038': assert not torch.equal(*(o['whole']['before'][f'{n}.weight'] for o in ranks))
 
 
 @pytest.mark.parametrize('run', runs)
 def test_exact(ranks, run):
+    "Counts are exact after every batch, in each"
     for o in ranks: assert_exact(o[run], o['case'][1], skip=runs[run])
 
 
@@ -146,7 +149,7 @@ def test_files(folder, ranks):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='it wants the model on a GPU where there is one')
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_to_parallel(tmp_path, context):
-    "On a CPU it passes through: the training is the one without it, and leaves the model unwrapped, with the plain keys"
+    "DataParallel, which passes through on a CPU: the training is the one without it, and leaves the model unwrapped, with the plain keys"
     seen = train(tiny_learner(tmp_path).to_parallel(), context=context)
     assert_exact(seen, context, n=5)
     assert_same(seen, train(tiny_learner(tmp_path), context=context))

@@ -460,6 +460,15 @@ def test_validate(new_learner):
     assert_same(before, bits(learn.model))
 
 
+def test_sparsities_stay(new_learner):
+    "What happened in a training can be looked at after a validation"
+    learn = new_learner(cbs=SparsifyCallback(.9))
+    learn.fit(2, 1e-2)
+    before = list(learn.recorder.sparsities)
+    learn.validate()
+    assert learn.recorder.sparsities == before and len(before) == 2*n_batches
+
+
 def test_get_preds(new_learner):
     learn = new_learner()
     learn.fit(1, 1e-2, cbs=SparsifyCallback(.9))
