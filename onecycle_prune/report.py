@@ -9,12 +9,11 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/report.html.md"""
 # %% auto #0
 __all__ = ['sparsity_report', 'plot_layers']
 
-# %% ../nbs/06_report.ipynb #bb0fd6f2
+# %% ../nbs/06_report.ipynb #18bd1240
 import pandas as pd
 from fastcore.basics import patch
 from fastai.learner import Recorder
-from torch.nn.utils.parametrize import is_parametrized
-from .layers import prunable
+from .layers import is_computed, prunable
 
 # %% ../nbs/06_report.ipynb #45e8cd4b
 def sparsity_report(
@@ -29,13 +28,16 @@ def sparsity_report(
     df['sparsity'] = (df.zeros / df.weights.where(df.weights>0)).astype(float).fillna(0.)
     return df
 
-# %% ../nbs/06_report.ipynb #957403d1
+# %% ../nbs/06_report.ipynb #8dc4a1b3
 def _look(m):
     "The weight of `m`; where it is computed, as in evaluation, which changes nothing"
-    if not is_parametrized(m, 'weight'): return m.weight
-    training = m.training
-    try: return m.eval().weight
-    finally: m.train(training)
+    if not is_computed(m): return m.weight
+    owner = getattr(m, 'module', m)
+    training = owner.training
+    try:
+        owner.eval()
+        return m.weight
+    finally: owner.train(training)
 
 # %% ../nbs/06_report.ipynb #0882eb2a
 def plot_layers(
