@@ -9,11 +9,11 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/report.html.md"""
 # %% auto #0
 __all__ = ['sparsity_report', 'plot_layers']
 
-# %% ../nbs/06_report.ipynb #18bd1240
+# %% ../nbs/06_report.ipynb #e4f24269
 import pandas as pd
 from fastcore.basics import patch
 from fastai.learner import Recorder
-from .layers import is_computed, prunable
+from .layers import is_computed, owner, prunable
 
 # %% ../nbs/06_report.ipynb #45e8cd4b
 def sparsity_report(
@@ -28,16 +28,16 @@ def sparsity_report(
     df['sparsity'] = (df.zeros / df.weights.where(df.weights>0)).astype(float).fillna(0.)
     return df
 
-# %% ../nbs/06_report.ipynb #8dc4a1b3
+# %% ../nbs/06_report.ipynb #add4b2db
 def _look(m):
     "The weight of `m`; where it is computed, as in evaluation, which changes nothing"
     if not is_computed(m): return m.weight
-    owner = getattr(m, 'module', m)
-    training = owner.training
+    module,_ = owner(m)
+    training = module.training
     try:
-        owner.eval()
+        module.eval()
         return m.weight
-    finally: owner.train(training)
+    finally: module.train(training)
 
 # %% ../nbs/06_report.ipynb #0882eb2a
 def plot_layers(

@@ -11,19 +11,19 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/resume.html.md"""
 # %% auto #0
 __all__ = ['fingerprint', 'save_memory', 'load_memory']
 
-# %% ../nbs/05_resume.ipynb #baf08f7a
+# %% ../nbs/05_resume.ipynb #a7a8bbf7
 import torch
 from pathlib import Path
 from .files import write_whole
 from .sparsifier import Sparsifier
+from .sweep import as_ints
 
-# %% ../nbs/05_resume.ipynb #0c088030
+# %% ../nbs/05_resume.ipynb #f9318476
 def fingerprint(
     sparsifier:Sparsifier # Of the model as it is now
 )->list: # An integer for each layer
     "A number that tells the weights of each layer from others: the sum of their bits"
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return [int(m.weight.detach().view(bits[m.weight.element_size()]).sum()) for m in sparsifier.layers.values()]
+    return [int(as_ints(m.weight).sum()) for m in sparsifier.layers.values()]
 
 # %% ../nbs/05_resume.ipynb #f7454ac3
 def save_memory(

@@ -9,8 +9,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/selection.html.md"""
 # %% auto #0
 __all__ = ['lowest_', 'sort_', 'select_']
 
-# %% ../nbs/03_selection.ipynb #902cfa64
-import math, numpy as np, torch
+# %% ../nbs/03_selection.ipynb #fcd4bb07
+import numpy as np, torch
 
 # %% ../nbs/03_selection.ipynb #8f503303
 def lowest_(

@@ -136,13 +136,13 @@ def _counts(self:Sparsifier, sparsity):
     "How many groups of each pool go: {names of its layers: k}"
     return {tuple(names): self._budget(names, s) for names,s in self._pools(check_sparsity(sparsity))}
 
-# %% ../nbs/04_sparsifier.ipynb #5f72c36c
+# %% ../nbs/04_sparsifier.ipynb #8202db1e
 @patch
 @torch.no_grad()
 def prune(self:Sparsifier,
     sparsity # Fraction of the groups that go, in [0, 1], or {layer class, name or module: fraction}
 )->float: # Fraction of the groups of all pools that are gone now
-    """Zero the least important groups in place, `round(sparsity*n)` of each pool of n, so that each layer keeps one; \
+    """Zero the least important groups in place, `round(sparsity*n)` of each pool of n or what `hold` keeps, so that each layer keeps one; \
 raises `ValueError` for another sparsity, or where scores cannot be ranked"""
     counts = self._counts(sparsity)
     counts = {names: max(k, self.held.get(names, 0)) for names,k in counts.items()}

@@ -20,8 +20,10 @@ from .selection import bounds, cut, lowest_of, sample
 try: from numba import njit
 except ImportError: njit = None
 
-# %% ../nbs/03_sweep.ipynb #8bd4f3a6
-def _bits(t): return t.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).numpy()
+# %% ../nbs/03_sweep.ipynb #cb11690f
+def as_ints(t): return t.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+def _bits(t): return as_ints(t).numpy()
 
 @cache
 def _in_bits(dtype):

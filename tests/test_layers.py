@@ -98,6 +98,28 @@ def test_one_module_twice():
     assert list(prunable(nn.ModuleDict(dict(a=l, b=nn.Sequential(l))))) == ['a']
 
 
+def test_frozen():
+    net = Net()
+    for m in (net.stem, net.body2): m.requires_grad_(False)
+    with pytest.warns(UserWarning, match='not pruned: stem, body2'):
+        assert list(Sparsifier(net).masks) == ['body.0', 'body.2.up', 'head']
+
+
+def test_frozen_bias_only(recwarn):
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].bias.requires_grad_(False)
+    assert list(Sparsifier(net).masks) == ['0'] and not recwarn.list
+
+
+def test_all_frozen():
+    "They wait, named, and nothing is pruned"
+    net = Net().requires_grad_(False)
+    before = bits(net)
+    with pytest.warns(UserWarning, match='not pruned: stem, .*head'): sp = Sparsifier(net)
+    assert sp.prune(.9) == 0 and not sp.masks
+    assert_same(bits(net), before)
+
+
 def test_attention():
     "The packed projections, and those of their own where keys and values differ in size"
     net = nn.ModuleDict(dict(a=nn.MultiheadAttention(8, 2), b=nn.MultiheadAttention(8, 2, kdim=4, vdim=6)))
