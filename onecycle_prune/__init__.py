@@ -2,6 +2,7 @@
 
 - `onecycle_prune.bench`: What pruning costs: the time it adds to a step, beside a dense step and the peer's
 - `onecycle_prune.callback`: When fastai calls: pruning in the batches of a training
+- `onecycle_prune.compare`: The paper's experiment: one grid of trainings, that can be stopped and continued
 - `onecycle_prune.criteria`: How much a weight matters
 - `onecycle_prune.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
 - `onecycle_prune.granularity`: What goes together: single weights, or groups of them

@@ -7,16 +7,17 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/files.html.md"""
 # %% auto #0
 __all__ = ['write_whole']
 
-# %% ../nbs/00_files.ipynb #eaa8c0f1
+# %% ../nbs/00_files.ipynb #a6e77f9a
+import os
 from pathlib import Path
 
-# %% ../nbs/00_files.ipynb #abd1dd3d
+# %% ../nbs/00_files.ipynb #cbb1fba4
 def write_whole(
     path:Path, # Where the file is to be
     write # Function of a path, that writes a file there
 ):
     "Write a file whole or not at all"
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'unfinished-{path.name}')
+    beside = path.with_name(f'unfinished-{os.getpid()}-{path.name}') # so that two processes do not write one file
     write(beside)
     beside.replace(path)
