@@ -13,6 +13,9 @@ install: $(READY)  ## make the environment, .venv, with PYTHON (default: python3
 demo: $(READY)  ## prune a network on a small data set: make demo ARGS='--help'
 	$(BIN)/ocp-demo $(ARGS)
 
+compare: $(READY)  ## repeat the paper's experiment: make compare ARGS='--dry-run'
+	$(BIN)/ocp-compare $(ARGS)
+
 bench: $(READY)  ## measure what pruning adds to a training step, beside the peer
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/ocp-bench $(ARGS)
@@ -52,4 +55,4 @@ $(READY): settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-.PHONY: help install demo bench reliability test prepare outputs clean
+.PHONY: help install demo compare bench reliability test prepare outputs clean

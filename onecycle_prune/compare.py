@@ -172,7 +172,7 @@ def _list(runs, records):
     sums = df.groupby(['arch', 'data', 'epochs']).minutes.agg(left='size', minutes=lambda x: x.sum(skipna=False)).round(1)
     print(f"{sums.to_string(na_rep='?')}\n" if runs else '', f'{len(runs)} trainings are left', sep='')
 
-# %% ../nbs/12_compare.ipynb #2371ded3
+# %% ../nbs/12_compare.ipynb #71a79755
 @call_parse
 def compare(
     archs:str='resnet18_cifar_half', # Networks, separated by commas, as are all lists here
@@ -186,7 +186,7 @@ def compare(
     epochs:str='4,12', # Budgets
     seeds:str='0,1,2,3,4', # A training from each
     bs:int=64, # Images a batch
-    lr:float=3e-3, # Highest learning rate
+    lr:float=.01, # Highest learning rate
     bf16:store_true=False, # Train in mixed precision with bfloat16
     channels_last:store_true=False, # Train in the memory layout that GPUs prefer
     out:Path=None, # File of records, results/compare_cpu.jsonl or results/compare_cuda.jsonl by default
@@ -201,7 +201,7 @@ def compare(
     try:
         runs = grid(_parse(archs), _parse(data), _parse(sparsities, float), _parse(schedules), _parse(contexts), _parse(criteria), _parse(epochs, int),
             _parse(seeds, int), images, size, bs=bs, lr=lr, bf16=bool(bf16), channels_last=bool(channels_last))
-        for run in runs: check(run)
+        for run in dict.fromkeys(replace(r, seed=0) for r in runs): check(run) # what fails does so from each seed
         todo = left(_share(runs, part), read_records(out), again)
     except ValueError as e: sys.exit(f'ocp-compare: {e}')
     if dry_run: return _list(todo, read_records(out))
