@@ -8,10 +8,10 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/bench.html.md"""
 
 # %% auto #0
 __all__ = ['BatchTimer', 'step_time', 'middle', 'contestants', 'bench_steps', 'summary', 'plot_added', 'median_ms',
-           'bench_selection', 'bench']
+           'bench_selection', 'peak_bytes', 'bench_memory', 'bench']
 
-# %% ../nbs/15_bench.ipynb #140fcd13
-import pandas as pd, time
+# %% ../nbs/15_bench.ipynb #e41e1888
+import ctypes, gc, pandas as pd, time
 from contextlib import redirect_stdout
 from copy import deepcopy
 from fastcore.script import call_parse, store_true
@@ -23,6 +23,7 @@ from .files import write_whole
 from .models import get_arch
 from .schedule import one_cycle
 from .selection import select_
+from .sparsifier import Sparsifier
 
 # %% ../nbs/15_bench.ipynb #f73d738e
 class BatchTimer(Callback):
@@ -144,7 +145,43 @@ def bench_selection(
     df = pd.DataFrame(rows, columns=['weights', 'select_ms', 'read_ms'])
     return df.assign(ratio=df.select_ms/df.read_ms)
 
-# %% ../nbs/15_bench.ipynb #00088109
+# %% ../nbs/15_bench.ipynb #332dba11
+def peak_bytes(
+    f, # Function without arguments
+    device # Where it allocates
+)->tuple: # What `f` returns; bytes that are held at the peak beyond those before, and when `f` has returned
+    "Run `f` and watch the memory"
+    def _now():
+        if device.type=='cuda': return torch.cuda.memory_allocated()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0) # what is free goes back to the system, and is not counted
+        return _of_process('VmRSS')
+    def _peak(): return torch.cuda.max_memory_allocated() if device.type=='cuda' else _of_process('VmHWM')
+    before = _now()
+    if device.type=='cuda': torch.cuda.reset_peak_memory_stats()
+    else: Path('/proc/self/clear_refs').write_text('5') # the peak so far is forgotten
+    res = f()
+    return res,_peak()-before,_now()-before # in this order: the second frees
+
+# %% ../nbs/15_bench.ipynb #f6610729
+def _of_process(name): return 1024*int(re.search(rf'{name}:\s*(\d+)', Path('/proc/self/status').read_text())[1])
+
+# %% ../nbs/15_bench.ipynb #c3a9c3e8
+def bench_memory(
+    n:int, # Inputs and outputs of each of four linear layers
+    device # Where to measure
+)->pd.DataFrame: # A row for each context, with bytes for each weight: lasting, and passing in a batch and in a jump
+    "Memory beside the model"
+    rows,each = [],partial(peak_bytes, device=device)
+    Sparsifier(nn.Linear(999, 999).to(device)).prune(.01) # code that is loaded is no memory of a pruning
+    for c in ('local', 'global'):
+        model = nn.Sequential(*(nn.Linear(n, n, bias=False) for _ in range(4))).to(device)
+        sp,_,lasting = each(lambda: Sparsifier(model, context=c))
+        (_,jump,_),(_,batch,_) = each(lambda: sp.prune(.5)),each(lambda: sp.prune(.501))
+        rows.append((c, *(b/(4*n*n) for b in (lasting, batch, jump))))
+    return pd.DataFrame(rows, columns=['context', 'lasting', 'batch', 'jump'])
+
+# %% ../nbs/15_bench.ipynb #18db44f2
 @call_parse
 def bench(
     archs:str='resnet18', # Networks, as `get_arch` knows them, separated by commas
@@ -165,7 +202,9 @@ def bench(
     steps = pd.concat([bench_steps(a, batch, sparsity, batches, total, rounds, ways(bf16, channels_last)) for a in archs.split(',')])
     steps = steps.assign(bs=bs, size=size, sparsity=sparsity, bf16=bf16, channels_last=channels_last)
     sel = bench_selection([10**i for i in range(6, len(str(max_weights)))], device, rounds)
+    tables = dict(steps=steps, selection=sel)
+    if device.type=='cuda' or Path('/proc/self/clear_refs').exists(): tables['memory'] = bench_memory(4096, device)
     save_plot(plot_added(steps), Path(out)/f'bench_{device.type}.png')
-    for name,df in dict(steps=steps, selection=sel).items():
+    for name,df in tables.items():
         write_whole(Path(out)/f'bench_{name}_{device.type}.csv', lambda p: df.assign(**machine(device)).to_csv(p, index=False))
-    print(f'\n{machine(device)}\n\n{summary(steps)}\n\n{sel.round(2).to_string(index=False)}')
+    print(f'\n{machine(device)}\n\n{summary(steps)}', *(df.round(2).to_string(index=False) for n,df in tables.items() if n!='steps'), sep='\n\n')

@@ -13,8 +13,9 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/sweep.html.md"""
 # %% auto #0
 __all__ = ['zero_', 'sweep_', 'go_']
 
-# %% ../nbs/03_sweep.ipynb #7764534e
+# %% ../nbs/03_sweep.ipynb #2e5e052f
 import numpy as np, torch
+from bisect import bisect_left
 from functools import cache
 from .selection import bounds, cut, lowest_of, sample
 try: from numba import njit
@@ -84,33 +85,62 @@ def _pass_compiled(bits, gone, bound, magnitude):
 if njit: _pass_compiled = njit(nogil=True, cache=True)(_pass_compiled)
 _pass = _pass_compiled if njit else _pass_numpy
 
-# %% ../nbs/03_sweep.ipynb #f66f9dd7
+# %% ../nbs/03_sweep.ipynb #fd80d089
+def _up_to(bits, gone, bound, magnitude, block=2**15):
+    "Mark the rest up to `bound`"
+    marks,bound = np.empty_like(gone),bits.dtype.type(bound)
+    for i in range(0, len(bits), block):
+        j = slice(i, i+block)
+        marks[j] = ((bits[j] & magnitude) <= bound) & ~gone[j]
+    return marks
+
+def _jump(bits, gone, more, magnitude, inf):
+    "Mark the `more` lowest of the rest, of equals the first"
+    def _marks(bound): return [_up_to(b, g, bound, magnitude) for b,g in zip(bits, gone)]
+    def _count(bound): return sum(map(np.count_nonzero, _marks(bound)))
+    last = bisect_left(range(int(inf)), more, key=_count)
+    going = _marks(last-1)
+    left = more - sum(map(np.count_nonzero, going))
+    for b,g,marks in zip(bits, gone, going):
+        equals = np.flatnonzero(_up_to(b, g, last, magnitude) ^ marks)[:left]
+        marks[equals] = True
+        left -= len(equals)
+    return going
+
+# %% ../nbs/03_sweep.ipynb #70028c29
+def _many(i): return np.count_nonzero(i) if i.dtype==bool else len(i)
+
+# %% ../nbs/03_sweep.ipynb #7ce42e5a
 def sweep_(
     weights:list, # For each layer of the pool, its weight: of any shape, zeroed in place where gone
     gone:list, # For each layer, which of its weights are gone: bool, in the same shape
     more:int # How many more go; 0 zeroes, and no more
-)->list: # For each layer, the positions of those that go, in its flattened weight; None where this is not for the fast lane
+)->list: # For each layer, the positions of those that go in its flattened weight, or marks of them; None where this is not for the fast lane
     "Zero what is gone, and find the weights of the pool that go next, those of the lowest magnitudes and of equals the first, in one pass"
     if more < 0: return None
     number,*others = {_in_bits(w.dtype) for w in weights}
     if others or not all(t.device.type=='cpu' and t.is_contiguous() for t in weights+gone): return None
     bits,gone,inf,magnitude = [_bits(w).reshape(-1) for w in weights],[g.numpy().reshape(-1) for g in gone],number(torch.inf),~number(-0.)
-    if not more: return [_pass(b, g, b.dtype.type(-1), magnitude)[0] for b,g in zip(bits, gone)] # no magnitude is below 0
-    some,step = sample(bits, gone)
-    for bound in bounds(some & magnitude, more/step, inf):
+    jump = more > sum(map(len, bits))//16
+    if jump or not more: rising = [-1] # no magnitude is below 0
+    else:
+        some,step = sample(bits, gone)
+        rising = bounds(some & magnitude, more/step, inf)
+    for bound in rising:
         found,keys,any_had = zip(*(_pass(b, g, b.dtype.type(bound), magnitude) for b,g in zip(bits, gone)))
-        if any(h & inf == inf and not w.isfinite().all() for h,w in zip(any_had, weights)): return None
+        if more and any(h & inf == inf and not w.isfinite().all() for h,w in zip(any_had, weights)): return None
         if sum(map(len, found)) >= more: break
-    going = [i[go] for i,go in zip(found, cut(lowest_of(np.concatenate(keys), more), found))]
+    if not more: return found
+    going = _jump(bits, gone, more, magnitude, inf) if jump else [i[go] for i,go in zip(found, cut(lowest_of(np.concatenate(keys), more), found))]
     # a layer that dies loses all that was found of it; only then it is counted
-    dying = len(gone)>1 and any(len(i)==len(f) and len(i)+np.count_nonzero(g)==len(g) for i,f,g in zip(going, found, gone))
-    return None if dying else going
+    def _dies(i, f, g): return (jump or len(i)==len(f)) and _many(i)+np.count_nonzero(g)==len(g)
+    return None if len(gone)>1 and any(map(_dies, going, found, gone)) else going
 
-# %% ../nbs/03_sweep.ipynb #39170ccc
+# %% ../nbs/03_sweep.ipynb #0012121d
 def go_(
     w:torch.Tensor, # A weight, zeroed in place
     gone:torch.Tensor, # Which are gone: bool, in the same shape, changed in place
-    i:np.ndarray # Positions in both as they are flattened, as `sweep_` gives them
+    i:np.ndarray # Positions or marks in both as they are flattened, as `sweep_` gives them
 ):
     "Mark and zero the weights at `i`"
     gone.numpy().reshape(-1)[i] = True

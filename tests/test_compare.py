@@ -197,8 +197,9 @@ def test_results_in_the_repository(path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     done = [r for r in records if r['state'] == 'done']
     assert done and len(done) == len({tuple(r[f.name] for f in fields(Run)) for r in done})
-    sizes = {a: {o.layer: o.weights for o in sparsity_report(get_arch(a)(num_classes=10)).itertuples()} for a in {r['arch'] for r in done}}
+    classes = dict(digits=10, cifar10=10, cifar100=100, caltech101=101)
+    sizes = {(a, d): {o.layer: o.weights for o in sparsity_report(get_arch(a)(num_classes=classes[d])).itertuples()} for a, d in {(r['arch'], r['data']) for r in done}}
     for r in done:
-        weights = {n: sizes[r['arch']][n] for n in r['zeros']}
+        weights = {n: sizes[r['arch'], r['data']][n] for n in r['zeros']}
         if r['context'] == 'global': assert sum(r['zeros'].values()) == round(r['sparsity']*sum(weights.values()))
         else: assert r['zeros'] == {n: round(r['sparsity']*w) for n, w in weights.items()}
