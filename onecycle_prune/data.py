@@ -17,9 +17,9 @@ from torch.utils.data import TensorDataset
 from .files import write_whole
 from .naming import refuse
 
-# %% ../nbs/11_data.ipynb #7ba9f6a5
+# %% ../nbs/11_data.ipynb #9c70ea9a
 def digits_folder(
-    dest:Path # Folder to write to, where it is missing
+    dest:Path # Folder to write to, where it is missing or empty
 )->Path: # `dest`, with a folder of PNG images of 8×8 pixels for each of the classes 0 to 9
     "Write [scikit-learn's](https://scikit-learn.org/stable/datasets/toy_dataset.html) 1,797 handwritten digits as images, in the form that `ImageDataLoaders.from_folder` reads"
     def _write(dest):
@@ -27,7 +27,7 @@ def digits_folder(
             (dest/str(label)).mkdir(parents=True, exist_ok=True)
             Image.fromarray((im.reshape(8, 8) * 255/16).astype('uint8')).save(dest/str(label)/f'{i:04}.png')
     dest = Path(dest)
-    if not dest.exists(): write_whole(dest, _write)
+    if not dest.exists() or not any(dest.iterdir()): write_whole(dest, _write)
     return dest
 
 # %% ../nbs/11_data.ipynb #256118a0

@@ -72,7 +72,7 @@ def is_computed(
     "Whether the weight of `m` is computed at each look from others, as a weight norm's is"
     return is_parametrized(*owner(m))
 
-# %% ../nbs/03_layers.ipynb #0f66c6f5
+# %% ../nbs/03_layers.ipynb #cb3ee95e
 def match(
     key, # A layer class, a name, a module of the model, or a function of a module to bool
     named:dict # The layers to choose from, as `prunable` gives them
@@ -80,8 +80,8 @@ def match(
     "The names in `named` that `key` points at; raises `ValueError` where `key` is of no such kind, or a name that does not exist"
     if isinstance(key, type) and issubclass(key, conv+linear): return [n for n,m in named.items() if isinstance(m, key)]
     if isinstance(key, str):
-        found = [n for n in named if n==key or n.startswith(key+'.')]
-        return found or refuse('layer', key, named)
+        containers = {'.'.join(parts[:i]): 0 for parts in (n.split('.') for n in named) for i in range(1, len(parts))}
+        return [n for n in named if n==key or n.startswith(key+'.')] or refuse('layer', key, containers|named)
     if isinstance(key, nn.Module):
         inside = {id(m) for m in key.modules()}
         return [n for n,m in named.items() if id(owner(m)[0]) in inside] or refuse('layer', type(key).__name__, named, also='a module of this model')

@@ -39,7 +39,7 @@ def _look(m):
         return m.weight
     finally: module.train(training)
 
-# %% ../nbs/06_report.ipynb #0882eb2a
+# %% ../nbs/06_report.ipynb #0e91208c
 def plot_layers(
     model, # Any model, or {label: model} to compare several of one architecture
     ax=None # Matplotlib axes to draw on
@@ -48,7 +48,8 @@ def plot_layers(
     models = model if isinstance(model, dict) else {'': model}
     if not any(map(prunable, models.values())): raise ValueError('Nothing to draw: the model has no convolution and no linear layer.')
     df = pd.DataFrame({k: sparsity_report(m)[:-1].set_index('layer').sparsity for k,m in models.items()})
-    ax = df.plot.barh(ax=ax, width=.8, legend=len(models)>1, figsize=None if ax else (6, 1 + .25*df.size))
+    ax = df.plot.barh(ax=ax, width=.8, legend=False, figsize=None if ax else (6, 1 + .25*len(df)*len(models)**.5))
+    if len(models)>1: ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(models)) # not over the bars
     ax.invert_yaxis() # the first layer on top, as data flows
     ax.set(xlim=(0, 1), xlabel='sparsity', ylabel='')
     return ax

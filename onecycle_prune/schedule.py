@@ -146,12 +146,17 @@ def plot_schedules(
     ax.legend()
     return ax
 
-# %% ../nbs/00_schedule.ipynb #306810d7
+# %% ../nbs/00_schedule.ipynb #4e368f5e
 def _label(schedule):
     "What to call a schedule: its name here, the name of its function, or its class"
     for name,s in schedules.items():
         if schedule is s or schedule == name: return name
     # what a `Schedule`, one of fastai's annealings or a partial goes by is the function inside
     for inner in ('f', 'func'):
-        if hasattr(schedule, inner): return _label(getattr(schedule, inner))
-    return getattr(schedule, '__name__', type(schedule).__name__)
+        if hasattr(schedule, inner): return _label(getattr(schedule, inner)) + _settings(schedule)
+    return getattr(schedule, '__name__', type(schedule).__name__).strip('_') # a legend leaves out what begins so
+
+def _settings(schedule):
+    "The settings of a partial in brackets, as '(α=20, β=6)'"
+    settings = ', '.join(f'{k}={v}' for k,v in getattr(schedule, 'keywords', {}).items())
+    return settings and f'({settings})'

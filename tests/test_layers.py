@@ -1,4 +1,6 @@
 "Which layers are chosen, and which batch norms fall silent with their filters, as read off the models by hand."
+from collections import OrderedDict
+
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -394,3 +396,9 @@ def test_only_filters_silence(granularity):
     before = [p.clone() for p in (net[0].bias, net[1].weight, net[1].bias)]
     Sparsifier(net, granularity).prune(.5)
     assert all(torch.equal(*o) for o in zip(before, (net[0].bias, net[1].weight, net[1].bias)))
+
+
+def test_container_misspelled():
+    "A name may be that of a container, so the nearest container is named"
+    net = nn.Sequential(OrderedDict(layer1=nn.Sequential(nn.Linear(2, 2)), layer4=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+    with pytest.raises(ValueError, match="'layer5'. Did you mean 'layer[14]'"): Sparsifier(net, layers='layer5')

@@ -198,3 +198,10 @@ def test_plot_labels(axes):
     given = [agp, SchedAGP(0, 1), Schedule(SchedAGP(0, 1), .1), SchedCos(0, 1), Schedule(SchedCos(0, 1), .1)]
     ax = plot_schedules(*given, ax=axes)
     assert [l.get_label() for l in ax.lines] == ['agp', 'sched_agp', 'sched_agp', 'sched_cos', 'sched_cos']
+
+
+def test_plot_labels_tell_apart(axes):
+    "Settings are named, and a curve that fastai has composed is in the legend too, which leaves out names with an underscore"
+    composed = combine_scheds([.5, .5], [SchedCos(0, .5), SchedCos(.5, 1)])
+    labels = [t.get_text() for t in plot_schedules('one_cycle', SchedOneCycle(0, 1, α=20, β=8), composed, ax=axes).get_legend().get_texts()]
+    assert labels[:2] == ['one_cycle', 'sched_onecycle(α=20, β=8)'] and len(labels) == 3
