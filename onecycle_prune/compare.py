@@ -81,17 +81,18 @@ def train(
     *layers,total = sparsity_report(learn.model).itertuples()
     return res | dict(reached=total.sparsity, zeros={o.layer: o.zeros for o in layers})
 
-# %% ../nbs/12_compare.ipynb #640fcfa2
+# %% ../nbs/12_compare.ipynb #d3da74f0
 def append(
     path:Path, # A file of records, made if it is missing
     record:dict # What JSON can hold
 ):
     "Add a record to a file, on a line of its own"
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     broken_off = path.exists() and not path.read_bytes()[-1:] in (b'', b'\n')
     with path.open('a') as f: f.write('\n'*broken_off + json.dumps(record) + '\n')
 
-# %% ../nbs/12_compare.ipynb #9cd7ad96
+# %% ../nbs/12_compare.ipynb #f31b3116
 def read_records(
     path:Path # A file of records, which may be missing
 )->list: # Dictionaries
@@ -99,7 +100,8 @@ def read_records(
     def _whole(line):
         try: return json.loads(line)
         except json.JSONDecodeError: pass
-    return [r for r in map(_whole, path.read_text().splitlines() if path.exists() else []) if r]
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return [r for r in map(_whole, lines) if r]
 
 # %% ../nbs/12_compare.ipynb #1fab0025
 def _commit():

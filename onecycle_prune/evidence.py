@@ -66,7 +66,7 @@ def as_markdown(
     df = df.rename(index=lambda o: f'{o:.0%}' if isinstance(o, float) else o).reset_index()
     return Markdown('\n'.join('|' + '|'.join(map(str, r)) + '|' for r in [[*df], ['---']*df.shape[1], *df.itertuples(index=False)]))
 
-# %% ../nbs/13_evidence.ipynb #9fff9692
+# %% ../nbs/13_evidence.ipynb #8d806dee
 def differences(
     df:pd.DataFrame, # As for `accuracies`, each seed once
     to:str='one_cycle', # The schedule that the others are compared with
@@ -77,7 +77,7 @@ def differences(
     "How far the others are from one of them, seed by seed"
     by = [by] if isinstance(by, str) else list(by)
     acc = df.pivot(index=[*by, 'seed'], columns=what, values='accuracy')
-    diff = acc.drop(columns=to).sub(acc[to], axis=0).stack().rename_axis([*by, 'seed', what])
+    diff = acc.drop(columns=to).sub(acc[to], axis=0).stack().dropna().rename_axis([*by, 'seed', what]) # a pair is two trainings
     def _interval(d): return stats.t.interval(level, len(d)-1, d.mean(), stats.sem(d)) if len(d)>1 else (float('nan'),)*2
     return pd.DataFrame({k: dict(zip(['mean', 'low', 'high', 'n'], (d.mean(), *_interval(d), len(d)))) for k,d in diff.groupby([*by, what])}).T.rename_axis([*by, what])
 
