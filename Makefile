@@ -36,6 +36,9 @@ prepare: $(READY)  ## bring the package and README.md in step with the notebooks
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/readme.py
 
+docs: $(READY)  ## build the site from the notebooks, in _docs
+	$(BIN)/python tools/docs.py
+
 # Warnings name files of this machine: they have no place in a stored output.
 outputs: $(READY)  ## run the notebooks, keep what they print and draw, then prepare
 	PYTHONWARNINGS=ignore $(BIN)/nbdev-test --save
@@ -55,4 +58,4 @@ $(READY): settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-.PHONY: help install demo compare bench reliability test prepare outputs clean
+.PHONY: help install demo compare bench reliability test prepare docs outputs clean

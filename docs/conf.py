@@ -1,0 +1,28 @@
+"What Sphinx is told. tools/docs.py writes the pages it reads."
+from importlib.metadata import metadata
+
+from nbdev.config import get_config
+
+cfg = get_config()
+project = html_title = cfg.title
+html_baseurl = cfg.doc_url
+copyright = metadata(cfg.lib_name)['Author']
+
+# docs: tools/docs.py
+extensions = ['myst_nb', 'docs', 'sphinx-mathjax-offline']
+myst_enable_extensions = ['dollarmath']
+myst_heading_anchors = 3
+smartquotes = False  # docstrings quote words of code
+nb_execution_mode = 'off'  # the notebooks keep their outputs, and are run by the tests
+nb_render_markdown_format = 'gfm'
+nb_merge_streams = True
+suppress_warnings = ['myst.header']  # a heading of `show_doc` may follow the title
+
+html_theme = 'furo'
+html_theme_options = {'top_of_page_buttons': []}
+pygments_dark_style = 'github-dark'
+html_favicon = 'favicon.svg'
+html_static_path = ['static']
+html_css_files = ['site.css']
+html_extra_path = ['../nbs/llms.txt', '../_proc/texts']
+html_copy_source = html_show_sphinx = html_use_index = False
