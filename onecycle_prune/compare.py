@@ -174,7 +174,7 @@ def _list(runs, records):
     sums = df.groupby(['arch', 'data', 'epochs']).minutes.agg(left='size', minutes=lambda x: x.sum(skipna=False)).round(1)
     print(f"{sums.to_string(na_rep='?')}\n" if runs else '', f'{len(runs)} trainings are left', sep='')
 
-# %% ../nbs/12_compare.ipynb #71a79755
+# %% ../nbs/12_compare.ipynb #573412c5
 @call_parse
 def compare(
     archs:str='resnet18_cifar_half', # Networks, separated by commas, as are all lists here
@@ -202,7 +202,7 @@ def compare(
     def _parse(s, f=str): return [f(o) for o in s.split(',')]
     try:
         runs = grid(_parse(archs), _parse(data), _parse(sparsities, float), _parse(schedules), _parse(contexts), _parse(criteria), _parse(epochs, int),
-            _parse(seeds, int), images, size, bs=bs, lr=lr, bf16=bool(bf16), channels_last=bool(channels_last))
+            _parse(seeds, int), images, size, bs=bs, lr=lr, bf16=bf16, channels_last=channels_last)
         for run in dict.fromkeys(replace(r, seed=0) for r in runs): check(run) # what fails does so from each seed
         todo = left(_share(runs, part), read_records(out), again)
     except ValueError as e: sys.exit(f'ocp-compare: {e}')
