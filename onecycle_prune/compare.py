@@ -174,7 +174,7 @@ def _list(runs, records):
     sums = df.groupby(['arch', 'data', 'epochs']).minutes.agg(left='size', minutes=lambda x: x.sum(skipna=False)).round(1)
     print(f"{sums.to_string(na_rep='?')}\n" if runs else '', f'{len(runs)} trainings are left', sep='')
 
-# %% ../nbs/12_compare.ipynb #573412c5
+# %% ../nbs/12_compare.ipynb #df118c26
 @call_parse
 def compare(
     archs:str='resnet18_cifar_half', # Networks, separated by commas, as are all lists here
@@ -209,8 +209,9 @@ def compare(
     if dry_run: return _list(todo, read_records(out))
     pb = progress_bar(todo)
     for run in pb:
-        expected = np.nan_to_num(estimate(run, read_records(out)))
-        if time.perf_counter() - start + expected > 60*minutes: break
+        records = read_records(out)
+        if not left([run], records, again): continue # another process has done it meanwhile
+        if time.perf_counter() - start + np.nan_to_num(estimate(run, records)) > 60*minutes: break
         pb.comment = str(run)
         append(out, record(run))
     print() # below the bar

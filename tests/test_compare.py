@@ -1,10 +1,10 @@
 "The grid: stopped, killed, shared and continued, no training is done twice, and each does what its record says."
 import json, os, signal, subprocess, sys, time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import onecycle_prune.compare as compare, pytest
-from onecycle_prune.compare import Run, grid, read_records, record, train
+from onecycle_prune.compare import Run, append, grid, read_records, record, train
 from onecycle_prune.data import get_dls
 from onecycle_prune.evidence import read_runs
 from onecycle_prune.models import get_arch
@@ -118,6 +118,18 @@ def test_minutes(call):
     assert len(read_records(call.out)) == 1
     call(seeds='0,3', minutes=1.5)
     assert len(read_records(call.out)) == 6
+
+
+def test_done_by_another_meanwhile(call, monkeypatch):
+    "What a second process records while this one trains is not trained again"
+    trained = []
+    def _train(run):
+        if not trained: append(call.out, asdict(replace(run, sparsity=.9)) | dict(state='done', accuracy=.5, seconds=1.))
+        trained.append(run.sparsity)
+        return dict(accuracy=.5, seconds=1., reached=run.sparsity, zeros={})
+    monkeypatch.setattr(compare, 'train', _train)
+    call(seeds='0', schedules='one_cycle', sparsities='.8,.9,.95')
+    assert trained == [.8, .95] and len(read_records(call.out)) == 3
 
 
 @pytest.mark.parametrize('given,says', [
