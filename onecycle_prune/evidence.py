@@ -28,26 +28,28 @@ def of_paper(
     "The trainings of the paper's own setting, and the dense ones: its four schedules, layers by themselves, by magnitude"
     return df[df.schedule.isin(['dense', 'one_shot', 'iterative', 'agp', 'one_cycle']) & df.context.isin(['', 'local']) & df.criteria.isin(['', 'large_final'])]
 
-# %% ../nbs/13_evidence.ipynb #f9719928
+# %% ../nbs/13_evidence.ipynb #c1a9882c
 def accuracies(
-    df:pd.DataFrame, # Trainings that differ in schedule, seed and what `by` names
-    by='sparsity' # Columns whose values are the rows
-)->pd.DataFrame: # Columns mean and std in per cent, and n; rows by `by` and schedule
+    df:pd.DataFrame, # Trainings that differ in seed and what `by` and `what` name
+    by='sparsity', # Columns whose values are the rows
+    what:str='schedule' # Column whose values are compared
+)->pd.DataFrame: # Columns mean and std in per cent, and n; rows by `by` and `what`
     "Mean accuracy over the seeds, and the standard deviation of a single training"
-    return df.groupby([*([by] if isinstance(by, str) else by), 'schedule'], sort=False).accuracy.agg(mean='mean', std='std', n='size')
+    return df.groupby([*([by] if isinstance(by, str) else by), what], sort=False).accuracy.agg(mean='mean', std='std', n='size')
 
-# %% ../nbs/13_evidence.ipynb #61354ba6
+# %% ../nbs/13_evidence.ipynb #5d940af4
 def accuracy_table(
     df:pd.DataFrame, # As for `accuracies`, without dense trainings
-    by='sparsity' # As for `accuracies`
+    by='sparsity', # As for `accuracies`
+    what:str='schedule' # As for `accuracies`
 )->pd.DataFrame: # Of texts as '91.00 ± 1.00', with the best of a row in `**`
-    "Means and standard deviations, schedule by schedule"
-    acc = accuracies(df, by).unstack('schedule')[['mean', 'std']].swaplevel(axis=1)
+    "Means and standard deviations, a column for each value of `what`"
+    acc = accuracies(df, by, what).unstack(what)[['mean', 'std']].swaplevel(axis=1)
     best = acc.xs('mean', axis=1, level=1).idxmax(axis=1)
     def _text(row, s):
         text = f"{row[s, 'mean']:.2f} ± {row[s, 'std']:.2f}"
         return f'**{text}**' if best[row.name]==s else text
-    return pd.DataFrame({s: [_text(row, s) for _,row in acc.iterrows()] for s in df.schedule.unique()}, index=acc.index)
+    return pd.DataFrame({s: [_text(row, s) for _,row in acc.iterrows()] for s in df[what].unique()}, index=acc.index)
 
 # %% ../nbs/13_evidence.ipynb #fd134e65
 def budget_table(
@@ -66,14 +68,14 @@ def as_markdown(
     df = df.rename(index=lambda o: f'{o:.0%}' if isinstance(o, float) else o).reset_index()
     return Markdown('\n'.join('|' + '|'.join(map(str, r)) + '|' for r in [[*df], ['---']*df.shape[1], *df.itertuples(index=False)]))
 
-# %% ../nbs/13_evidence.ipynb #8d806dee
+# %% ../nbs/13_evidence.ipynb #7bdf65aa
 def differences(
     df:pd.DataFrame, # As for `accuracies`, each seed once
-    to:str='one_cycle', # The schedule that the others are compared with
+    to:str='one_cycle', # The value of `what` that the others are compared with
     by='sparsity', # As for `accuracies`
-    level:float=.95, # Of the confidence interval
-    what:str='schedule' # Column whose values are compared
-)->pd.DataFrame: # Columns mean, low and high, in percentage points, and n, the number of pairs; rows by `by` and schedule
+    what:str='schedule', # As for `accuracies`
+    level:float=.95 # Of the confidence interval
+)->pd.DataFrame: # Columns mean, low and high, in percentage points, and n, the number of pairs; rows by `by` and `what`
     "How far the others are from one of them, seed by seed"
     by = [by] if isinstance(by, str) else list(by)
     acc = df.pivot(index=[*by, 'seed'], columns=what, values='accuracy')
