@@ -21,11 +21,11 @@ def read_runs(
     df = pd.DataFrame([r for p in paths for r in read_records(p) if r['state']=='done'])
     return df.assign(accuracy=100*df.accuracy)
 
-# %% ../nbs/13_evidence.ipynb #8b626279
+# %% ../nbs/13_evidence.ipynb #da2f533a
 def of_paper(
     df:pd.DataFrame # As `read_runs` gives it
 )->pd.DataFrame: # The same columns
-    "The trainings of the paper's own setting, and the dense ones: its four schedules, layers by themselves, by magnitude"
+    "The paper's comparison: its four schedules and the dense trainings, each layer by itself, by magnitude"
     return df[df.schedule.isin(['dense', 'one_shot', 'iterative', 'agp', 'one_cycle']) & df.context.isin(['', 'local']) & df.criteria.isin(['', 'large_final'])]
 
 # %% ../nbs/13_evidence.ipynb #c1a9882c
