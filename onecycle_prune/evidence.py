@@ -83,7 +83,7 @@ def differences(
     def _interval(d): return stats.t.interval(level, len(d)-1, d.mean(), stats.sem(d)) if len(d)>1 else (float('nan'),)*2
     return pd.DataFrame({k: dict(zip(['mean', 'low', 'high', 'n'], (d.mean(), *_interval(d), len(d)))) for k,d in diff.groupby([*by, what])}).T.rename_axis([*by, what])
 
-# %% ../nbs/13_evidence.ipynb #b59631cc
+# %% ../nbs/13_evidence.ipynb #f2e56692
 def plot_accuracy(
     df:pd.DataFrame, # Trainings that differ in schedule, seed and `x`
     x:str='sparsity', # Column along the axis: 'sparsity', where dense trainings are a line across, or 'epochs'
@@ -96,7 +96,8 @@ def plot_accuracy(
         df = df[df.schedule!='dense']
     for name,d in accuracies(df, x).groupby('schedule', sort=False):
         d = d.droplevel('schedule')
-        ax.errorbar(d.index, d['mean'], yerr=d['std'], label=name, capsize=3, marker='o', markersize=4)
+        color = dict(color='0.5', ls='--') if name=='dense' else {} # so that the others keep theirs from picture to picture
+        ax.errorbar(d.index, d['mean'], yerr=d['std'], label=name, capsize=3, marker='o', markersize=4, **color)
     ax.set(xlabel=x, ylabel='accuracy in per cent', xticks=sorted(df[x].unique()))
     ax.legend()
     return ax
