@@ -9,17 +9,16 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/compare.html.md"""
 # %% auto #0
 __all__ = ['Run', 'check', 'ValidateLast', 'train', 'append', 'read_records', 'record', 'grid', 'left', 'estimate', 'compare']
 
-# %% ../nbs/12_compare.ipynb #b0d32416
+# %% ../nbs/12_compare.ipynb #fd33add7
 import json, shutil, subprocess, sys, time
 from fastcore.script import call_parse, store_true
 from fastai.vision.all import *
 from dataclasses import asdict, astuple, dataclass, fields, replace # after fastai, whose `asdict` is another
 import onecycle_prune
 from .callback import SparsifyCallback
-from .data import get_dls, sources
+from .data import get_dls, get_source
 from .experiments import machine, timed_fit, ways
 from .models import get_arch
-from .naming import refuse
 from .report import sparsity_report
 
 # %% ../nbs/12_compare.ipynb #aa42c321
@@ -48,13 +47,13 @@ class Run:
         "What prunes, or None where dense"
         if self.schedule!='dense': return SparsifyCallback(self.sparsity, context=self.context, criteria=self.criteria, schedule=self.schedule)
 
-# %% ../nbs/12_compare.ipynb #4ae0be23
+# %% ../nbs/12_compare.ipynb #78fb831f
 def check(
     run:Run
 ):
     "Raise `ValueError` where `run` cannot be trained"
     if min(run.epochs, run.bs, run.size, run.images or 1) < 1: raise ValueError('epochs, bs, size and images are 1 at least.')
-    if run.data not in sources: refuse('data', run.data, sources)
+    get_source(run.data)
     run.callback()
     with torch.device('meta'):
         model = get_arch(run.arch)(num_classes=2)
@@ -120,7 +119,7 @@ def record(
     except Exception as e: res = dict(state='failed', error=f'{type(e).__name__}: {e}')
     return asdict(run) | res | machine(default_device()) | made_with
 
-# %% ../nbs/12_compare.ipynb #8e675a61
+# %% ../nbs/12_compare.ipynb #4e58874e
 def grid(
     archs, # Networks, as `get_arch` knows them
     data, # Of `sources`
@@ -136,8 +135,7 @@ def grid(
 )->list: # `Run`s, seed by seed, so that what is broken off is a whole experiment on fewer seeds
     "All trainings, the dense ones once"
     def _run(seed, n, d, arch, schedule, *how):
-        if d not in sources: refuse('data', d, sources)
-        return Run(arch, d, images, size or sources[d].size, n, seed, schedule, *(how if schedule!='dense' else (0., '', '')), **kwargs)
+        return Run(arch, d, images, size or get_source(d).size, n, seed, schedule, *(how if schedule!='dense' else (0., '', '')), **kwargs)
     runs = [_run(*o) for o in itertools.product(seeds, epochs, data, archs, schedules, sparsities, contexts, criteria)]
     return list(dict.fromkeys(runs))
 
