@@ -7,11 +7,12 @@
 - `onecycle_prune.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
 - `onecycle_prune.granularity`: What goes together: single weights, or groups of them
 - `onecycle_prune.layers`: Which modules are pruned, and what falls silent with them
+- `onecycle_prune.loops`: The loops over the weights that numba compiles, for one thread or several
 - `onecycle_prune.report`: What came out: tables and plots
 - `onecycle_prune.resume`: What a checkpoint does not hold
 - `onecycle_prune.schedule`: When: how far pruning has come, at each position of the training
 - `onecycle_prune.selection`: Which go: exactly k of a pool, ties included
 - `onecycle_prune.sparsifier`: When, what and which, on one model
-- `onecycle_prune.sweep`: One pass over the weights: zero what is gone, and find what could go"""
+- `onecycle_prune.sweep`: One pass over the weights: zero what is gone, and let go what goes"""
 
 __version__ = "0.1.0"

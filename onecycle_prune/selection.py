@@ -58,9 +58,9 @@ def bounds(sample, expected, top):
 # %% ../nbs/03_selection.ipynb #0525734e
 def lowest_of(x, k):
     "Mark the `k` lowest of `x`, of equals the first"
-    t = torch.from_numpy(x).kthvalue(k).values.item() # numpy's partition degenerates where many are equal
-    res = x < t
-    res[np.flatnonzero(x == t)[:k - np.count_nonzero(res)]] = True
+    last = np.partition(x, k-1)[k-1]
+    res = x < last
+    res[np.flatnonzero(x == last)[:k - np.count_nonzero(res)]] = True
     return res
 
 # %% ../nbs/03_selection.ipynb #6684a24d

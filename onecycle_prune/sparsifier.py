@@ -22,7 +22,7 @@ from .criteria import get_criteria, large_final
 from .granularity import by_axes, conv, get_granularity, linear
 from .layers import batchnorms_after, choose, match
 from .selection import select_
-from .sweep import go_, sweep_, zero_
+from .sweep import sweep_, zero_
 
 # %% ../nbs/04_sparsifier.ipynb #6e057e08
 def check_sparsity(
@@ -163,15 +163,15 @@ raises `ValueError` for another sparsity, or where scores cannot be ranked"""
 @patch
 def _bring_to(self:Sparsifier, counts, before):
     "Have as many groups of each pool gone and zero as `counts` says, where `before` says how many were, as far as it is known: {names: k}"
-    swept = self._sweep(counts, before)
+    swept,go = self._sweep(counts, before)
+    counts = {names: k for names,k in counts.items() if names not in swept}
     # nothing is scored for nothing: a criterion may need gradients, or draw random numbers
-    scores = {names: [self._scores(n) for n in names] for names,k in counts.items() if k and names not in swept and before.get(names) != k}
+    scores = {names: [self._scores(n) for n in names] for names,k in counts.items() if k and before.get(names) != k}
+    go()
     for names,k in counts.items():
         gone = [self._gone[n] for n in names]
         if names in scores: select_(scores.pop(names), gone, k, keep=self.granularity.name!='layer')
-        if names in swept:
-            for n,g,i in zip(names, gone, swept[names]): go_(self.layers[n].weight, g, i)
-        elif k:
+        if k:
             for n in names: self._zero(n)
         elif before.get(names) != 0:
             for g in gone: g.zero_()
@@ -179,14 +179,13 @@ def _bring_to(self:Sparsifier, counts, before):
 # %% ../nbs/04_sparsifier.ipynb #aa20b134
 @patch
 def _sweep(self:Sparsifier, counts, before):
-    "Zero what is gone, and find what goes, in the pools that allow it: {names: positions in each layer}"
-    ordinary = self.criteria is large_final and self.granularity.name=='weight' and all(g.device.type=='cpu' for g in self._gone.values())
-    if not ordinary: return {}
-    def _going(names, k):
-        gone = [self._gone[n] for n in names]
-        return sweep_([self.layers[n].weight for n in names], gone, k - (before[names] if names in before else sum(int(g.sum()) for g in gone)))
-    found = {names: _going(names, k) for names,k in counts.items() if k}
-    return {names: going for names,going in found.items() if going is not None}
+    "Zero what is gone, and find what goes, in the pools that allow it: their names, and a function that lets go"
+    names = [o for o,k in counts.items() if k] if self.criteria is large_final and self.granularity.name=='weight' else []
+    def _pool(o):
+        gone = [self._gone[n] for n in o]
+        return [self.layers[n].weight for n in o],gone,counts[o] - (before[o] if o in before else sum(int(g.sum()) for g in gone))
+    swept,go = sweep_([_pool(o) for o in names])
+    return {o for o,s in zip(names, swept) if s},go
 
 # %% ../nbs/04_sparsifier.ipynb #5b301002
 @patch

@@ -1,22 +1,27 @@
-"The fast lane does what score, select and zero do: against a stable sort, in both forms of the pass."
+"The fast lane does what score, select and zero do: against a stable sort, by one thread and by several."
+import os
+
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from onecycle_prune import sweep
 from onecycle_prune.sparsifier import Sparsifier
-from onecycle_prune.sweep import go_, sweep_, zero_
+from onecycle_prune.sweep import sweep_, zero_
 from torch import nn
 
 from conftest import assert_same, bits, tiny_net
 
+loops = pytest.importorskip('onecycle_prune.loops')
 quick = settings(max_examples=100, deadline=None)
 dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=['compiled', 'numpy'])
-def lane(request, monkeypatch):
-    "Each form of the pass"
-    if request.param == 'compiled': pytest.importorskip('numba')
-    monkeypatch.setattr(sweep, '_pass', getattr(sweep, f'_pass_{request.param}'))
+@pytest.fixture(params=['one thread', 'several'])
+def threads(request, monkeypatch):
+    "As many threads"
+    if request.param == 'several':
+        if loops._home() is None or loops.numba.config.NUMBA_NUM_THREADS < 2: pytest.skip('numba has no threads to share here')
+        monkeypatch.setattr(loops, '_n_threads', lambda: 2)
+    else: monkeypatch.setattr(loops, '_n_threads', lambda: 1)
 
 
 def reference(weights, gone, k):
@@ -27,16 +32,16 @@ def reference(weights, gone, k):
     return [r.view_as(g) for r, g in zip(res.split([g.numel() for g in gone]), gone)]
 
 
-def check(weights, gone, k):
-    "The masks and the weights, where `sweep_` takes it on; whether it did"
-    expected, w0 = reference(weights, gone, k), [w.clone() for w in weights]
-    n_gone = sum(int(g.sum()) for g in gone)
-    going = sweep_(weights, gone, k-n_gone)
-    if going is None: return False
-    for w, g, i in zip(weights, gone, going): go_(w, g, i)
-    assert_same(gone, expected)
-    assert_same(weights, [torch.where(g, 0, w) for w, g in zip(w0, expected)])
-    return True
+def check(pools):
+    "The masks and the weights of the pools that are swept, each (weights, gone, k); which are"
+    expected, w0 = [reference(*p) for p in pools], [[w.clone() for w in ws] for ws, *_ in pools]
+    swept, go = sweep_([(ws, gone, k - sum(int(g.sum()) for g in gone)) for ws, gone, k in pools])
+    before = [[g.clone() for g in gone] for _, gone, _ in pools]
+    go()
+    for (ws, gone, _), exp, old, was, s in zip(pools, expected, w0, before, swept):
+        assert_same(gone, exp if s else was)
+        if s: assert_same(ws, [torch.where(g, 0, w) for w, g in zip(old, exp)])
+    return swept
 
 
 @st.composite
@@ -47,61 +52,103 @@ def pools(draw):
     return list(map(list, zip(*[layer(draw(st.integers(1, 20))) for _ in range(draw(st.integers(1, 4)))])))
 
 
-@pytest.mark.usefixtures('lane')
+def out_of_the_ordinary(weights, gone, k):
+    "Whether weights return or a layer dies, as far as equals let it be seen"
+    if k < sum(int(g.sum()) for g in gone): return True
+    last = max((w.abs()[r & ~g].max() for w, g, r in zip(weights, gone, reference(weights, gone, k)) if (r & ~g).any()), default=None)
+    return len(gone) > 1 and last is not None and any((g | (w.abs() <= last)).all() and not g.all() for w, g in zip(weights, gone))
+
+
+@pytest.mark.usefixtures('threads')
 def test_sweep():
-    "Every k, and only what is out of the ordinary is handed back"
+    "Every k of several pools at once, and only what is out of the ordinary is handed back"
     @quick
-    @given(pools())
-    def holds(pool):
-        weights, gone = pool
-        n, n_gone = sum(map(len, gone)), sum(int(g.sum()) for g in gone)
-        for k in range(n+1):
-            args = [w.clone() for w in weights], [g.clone() for g in gone]
-            dies = len(gone) > 1 and any(r.all() and not g.all() for r, g in zip(reference(weights, gone, k), gone))
-            assert check(*args, k) == (k >= n_gone and not dies) or any(g.all() for g in gone)
+    @given(st.lists(pools(), min_size=1, max_size=3), st.data())
+    def holds(many, data):
+        many = [o for o in many if o[0][0].dtype == many[0][0][0].dtype]
+        ks = [data.draw(st.integers(0, sum(map(len, gone)))) for _, gone in many]
+        odd = [out_of_the_ordinary(*o, k) for o, k in zip(many, ks)]
+        all_gone = [any(g.all() for g in gone) for _, gone in many]
+        swept = check([(*o, k) for o, k in zip(many, ks)])
+        assert all(s != o or a for s, o, a in zip(swept, odd, all_gone))
     holds()
 
 
 @pytest.mark.parametrize('dtype', dtypes, ids=str)
-@pytest.mark.usefixtures('lane')
+@pytest.mark.usefixtures('threads')
 def test_sweep_big(dtype):
-    "Over several blocks, with the sample in use, from nothing gone to nearly all"
+    "Over several stretches, with the sample in use, from nothing gone to nearly all"
     g = torch.Generator().manual_seed(0)
-    weights = [torch.randn(n, generator=g).to(dtype) for n in (70_001, 900, 20_000)]
-    gone = [torch.zeros(len(w), dtype=torch.bool) for w in weights]
-    for k in (0, 1, 300, 301, 30_000, 30_000, 85_000):
-        assert check(weights, gone, k)
-        for w in weights: w.add_(torch.randn(w.shape, generator=g).to(dtype) * .01)
+    def layers(*sizes): return [torch.randn(n, generator=g).to(dtype) for n in sizes], [torch.zeros(n, dtype=torch.bool) for n in sizes]
+    n = loops.stretch
+    shared, single = layers(2*n+1, 900, n, 20_000), layers(n+1030)
+    for s in (0, .001, .002, .002, .3, .3, .95):
+        assert all(check([(*o, round(s*sum(map(len, o[0])))) for o in (shared, single)]))
+        for w in shared[0]+single[0]: w.add_(torch.randn(w.shape, generator=g).to(dtype) * .01)
+
+
+@pytest.mark.usefixtures('threads')
+def test_equals():
+    "Of equals the first go, across stretches and layers, and a sample that sees nothing else is no harm"
+    n = loops.stretch
+    weights, gone = [torch.ones(2*n), torch.full((n//2,), -1.), torch.ones(n)], [torch.zeros(i, dtype=torch.bool) for i in (2*n, n//2, n)]
+    gone[0][5:n:3] = True
+    weights[2][::1000] = .5
+    for w in weights: w[-1] = 9  # no layer dies
+    k = sum(int(g.sum()) for g in gone)
+    for more in (1, 70, n//3, n): assert check([(weights, [g.clone() for g in gone], k+more)]) == [True]
+
+
+def test_fork():
+    "A forked process has none of its parent's threads, and does without"
+    if not hasattr(os, 'fork') or loops._home() is None: pytest.skip('nothing to leave behind')
+    pid = os.fork()
+    if not pid: os._exit(3 if check([([torch.arange(9.)], [torch.zeros(9, dtype=torch.bool)], 4)]) == [True] and loops._n_threads() == 1 else 4)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+
+
+def test_number_of_threads(monkeypatch):
+    "As many as torch has, but no more than numba's, and one where its threads are not for all"
+    monkeypatch.setattr(loops, '_home', os.getpid)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 64)
+    assert loops._n_threads() == loops.numba.config.NUMBA_NUM_THREADS
+    monkeypatch.setattr(loops, '_home', lambda: None)
+    assert loops._n_threads() == 1
 
 
 @pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.usefixtures('lane')
+@pytest.mark.usefixtures('threads')
 def test_not_finite(value):
-    "Handed back if it stays, zeroed if it is gone"
+    "Handed back if it stays, zeroed if it is gone; the other pools go on"
     w, gone = torch.arange(1., 9), torch.zeros(8, dtype=torch.bool)
     w[3] = value
-    assert sweep_([w], [gone], 2) is None
+    sound = [torch.arange(1., 9)], [torch.zeros(8, dtype=torch.bool)], 5
+    assert check([([w], [gone], 2), sound]) == [False, True]
     gone[3] = True
-    assert check([w], [gone], 3) and w[3] == 0
+    assert check([([w], [gone], 3)]) == [True] and w[3] == 0
 
 
-@pytest.mark.usefixtures('lane')
+@pytest.mark.usefixtures('threads')
 def test_large_weights():
     "Weights whose exponents together have all the bits of infinity, and are finite all the same"
-    assert check([torch.tensor([1.5, 2.5, -3., 1.])], [torch.zeros(4, dtype=torch.bool)], 2)
+    assert check([([torch.tensor([1.5, 2.5, -3., 1.])], [torch.zeros(4, dtype=torch.bool)], 2)]) == [True]
 
 
-def test_handed_back():
+def test_handed_back(monkeypatch):
     w, gone = torch.rand(4, 5, 6, 6), torch.zeros(4, 5, 6, 6, dtype=torch.bool)
     layout = torch.channels_last
-    assert sweep_([w.to(memory_format=layout)], [gone], 3) is None
-    assert sweep_([w, w.double()], [gone, gone], 3) is None
-    assert sweep_([w], [gone], -1) is None
-    assert sweep_([w], [gone], 3) is not None
+    def swept(*pools): return sweep_(list(pools))[0]
+    assert swept(([w.to(memory_format=layout)], [gone], 3), ([w], [gone], 3)) == [False, True]
+    assert swept(([w, w.double()], [gone, gone], 3)) == [False]
+    assert swept(([w], [gone], 3), ([w.double()], [gone], 3)) == [True, False]
+    assert swept(([w], [gone], -1)) == [False]
+    assert swept() == []
+    monkeypatch.setattr(sweep, 'loops', None)  # without numba
+    assert swept(([w], [gone], 3)) == [False]
 
 
 @pytest.mark.parametrize('context', ['local', 'global'])
-@pytest.mark.usefixtures('lane')
+@pytest.mark.usefixtures('threads')
 def test_same_as_scored(context):
     "A criterion that scores as `large_final` but is not it goes the other way, to the same weights"
     nets = [tiny_net(), tiny_net()]
