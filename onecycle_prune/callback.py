@@ -33,15 +33,16 @@ class SparsifyCallback(Callback):
     def __init__(self,
         sparsity=None, # Fraction of the groups that are gone in the end, in [0, 1], or {layer class, name or module: fraction}; n:m patterns imply it
         granularity:str='weight', # What goes together: a name in `granularities`, or a pattern as '2:4'
-        context:str='local', # Which groups compete: those of each layer ('local'), or of all layers ('global')
+        context:str=None, # Which groups compete: those of each layer ('local'), or of all layers ('global'); by default single weights all, and larger groups layer by layer
         criteria='large_final', # How much a weight matters: a name in `criteria`, a `Criteria`, or a function of a module to scores
         schedule='one_cycle', # When: a name in `schedules`, or any function of a position in [0, 1] to a progress in [0, 1], as `SchedCos(0, 1)`
         layers=(conv, linear) # Which modules: classes, names, modules, or a function of a module to bool
     ):
         "Raises `ValueError` where an argument is not one of these, with what is allowed and the nearest right word"
         # the sparsifier will ask for these again; asked for here, a slip is answered at once
-        get_context(context),get_criteria(criteria)
-        sparsity,schedule = check_sparsity(sparsity, get_granularity(granularity).sparsity),get_schedule(schedule)
+        groups = get_granularity(granularity)
+        get_context(context, groups),get_criteria(criteria)
+        sparsity,schedule = check_sparsity(sparsity, groups.sparsity),get_schedule(schedule)
         store_attr()
 
     def before_fit(self):

@@ -73,7 +73,7 @@ def demo(
     sparsity:float=.95, # Fraction of the groups to remove
     schedule:str='one_cycle', # Schedule to compare with the baselines
     granularity:str='weight', # What goes together
-    context:str='local', # Which groups compete: 'local' or 'global'
+    context:str=None, # Which groups compete: 'local' or 'global'; by default single weights all, and larger groups layer by layer
     seed:int=42, # Of weights, split and batches
     out:Path='demo' # Folder for what comes out
 ):

@@ -43,9 +43,11 @@ def check_sparsity(
 
 # %% ../nbs/04_sparsifier.ipynb #e3e9d26e
 def get_context(
-    context:str # 'local' or 'global'
-)->str:
-    "The same; raises `ValueError` for anything else"
+    context:str, # 'local', 'global', or None for the default
+    granularity # As `get_granularity` gives it
+)->str: # 'local' or 'global'
+    "The same; by default 'global' for single weights, and for whole layers, and 'local' for the groups in between; raises `ValueError` for anything else"
+    if context is None: return 'global' if granularity.name in ('weight', 'layer') else 'local'
     if context not in ('local', 'global'): refuse('context', context, ['local', 'global'])
     return context
 
@@ -55,17 +57,18 @@ class Sparsifier:
     def __init__(self,
         model:nn.Module, # Any model; its weights change in place, nothing else does
         granularity:str='weight', # What goes together: a name in `granularities`, or a pattern as '2:4'
-        context:str='local', # Which groups compete: those of each layer ('local'), or of all layers ('global')
+        context:str=None, # Which groups compete: those of each layer ('local'), or of all layers ('global'); by default single weights all, and larger groups layer by layer
         criteria='large_final', # How much a weight matters: a name in `criteria`, a `Criteria`, or a function of a module to scores
         layers=(conv, linear) # Which modules: classes, names, modules, or a function of a module to bool
     ):
         "Raises `ValueError` where an argument is not one of these, or a layer cannot be pruned as asked"
-        self.granularity,self.context,self.criteria = get_granularity(granularity),get_context(context),get_criteria(criteria)
+        self.granularity,self.criteria = get_granularity(granularity),get_criteria(criteria)
+        self.context = get_context(context, self.granularity)
         self._chosen = choose(model, layers, self.granularity)
         self.layers = {n: m for n,m in self._chosen.items() if m.weight.requires_grad}
         frozen = [n for n in self._chosen if n not in self.layers]
         if frozen: warn(f"Frozen layers are not pruned: {', '.join(frozen)}.")
-        if self.granularity.name=='layer' and context=='local':
+        if self.granularity.name=='layer' and self.context=='local':
             raise ValueError("Granularity 'layer' removes whole layers, which compete only in context='global'.")
         self.silenced = self._silenced_by_filters(model) if self.granularity.name=='filter' else {}
         self._gone = {n: self._zeros(m) for n,m in self.layers.items()}

@@ -266,4 +266,4 @@ def test_compiled(compiled):
     "torch.compile: one graph, never compiled again, and the network inside can be had without the compiler"
     with torch._dynamo.config.patch(error_on_recompile=True): net, counts = compiled(SparsifyCallback(.9), fullgraph=True, valid=0)
     assert counts['stats']['unique_graphs'] == 1
-    assert_pruned(net, Twice(), images)
+    assert_pruned(net, Twice(), images, context='global')

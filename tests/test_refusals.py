@@ -34,7 +34,7 @@ at_build = [
     (dict(granularity=None), r'granularity: None.*Allowed: weight'),
     (dict(granularity=['weight']), r"granularity: \['weight'\].*Allowed: weight"),
     (dict(context='globl'), r"context: 'globl'. Did you mean 'global'\? Allowed: local, global"),
-    (dict(context=None), r'context: None.*Allowed: local, global'),
+    (dict(context=3), r'context: 3.*Allowed: local, global'),
     (dict(criteria='large-final'), r"criterion: 'large-final'. Did you mean 'large_final'\? Allowed: large_final, .*function of a module"),
     (dict(criteria=3), r'criterion: 3.*Allowed: large_final'),
     (dict(schedule='one_cylce'), r"schedule: 'one_cylce'. Did you mean 'one_cycle'\? Allowed: one_cycle, .*function of a position"),
@@ -73,7 +73,7 @@ at_fit = [
     (dict(layers=half), r'Sequential.*Allowed: 0, 3, 8'),
     (dict(layers='8', granularity='kernel'), r"Layer '8' \(Linear\).*no granularity 'kernel', but 'weight'"),
     (dict(layers=nn.Linear, granularity='filter'), r"Nothing to prune.*'filter'"),
-    (dict(granularity='layer'), r"'layer' removes whole layers.*context='global'"),
+    (dict(granularity='layer', context='local'), r"'layer' removes whole layers.*context='global'"),
     (dict(granularity='3:6', sparsity=None), r"Layer '0' \(Conv2d\).*4 input channels do not divide by 6, as '3:6' needs.*layers"),
     (dict(granularity='3:8', sparsity=None, layers='0'), r"Layer '0'.*4 input channels do not divide by 8"),
 ]
@@ -187,7 +187,7 @@ def test_divergence_refused(new_learner):
 @pytest.mark.parametrize('kwargs,message', [
     (dict(granularity='filters'), r"Did you mean 'filter'"), (dict(context='globl'), r"Did you mean 'global'"),
     (dict(criteria='tailor'), r"Did you mean 'taylor'"), (dict(layers='head'), r'Allowed: 0, 3, 8'),
-    (dict(granularity='3:6'), r"Layer '0'"), (dict(granularity='layer'), r"context='global'")], ids=case)
+    (dict(granularity='3:6'), r"Layer '0'"), (dict(granularity='layer', context='local'), r"context='global'")], ids=case)
 def test_sparsifier_refuses(kwargs, message):
     net = tiny_net()
     before = bits(net)
