@@ -83,10 +83,10 @@ def look(
 
 # %% ../nbs/03_loops.ipynb #bff16a68
 @intrinsic
-def _mark_word(typingctx, bits, gone, i, bound, inf):
-    "Zero what is gone of the 64 weights from `i` on, and mark of the rest what is up to `bound` or not finite"
+def _mark_16(typingctx, bits, gone, i, bound, inf):
+    "Zero what is gone of the 16 weights from `i` on, and mark of the rest what is up to `bound` or not finite"
     def codegen(context, builder, signature, args):
-        number,n = args[3].type,64
+        number,n = args[3].type,16
         one,weights,flags = number.width//8,ir.VectorType(number, n),ir.VectorType(ir.IntType(8), n)
         def _from(k, vector): return builder.bitcast(builder.gep(make_array(signature.args[k])(context, builder, args[k]).data, [args[2]]), vector.as_pointer())
         def _all(x):
@@ -98,7 +98,7 @@ def _mark_word(typingctx, bits, gone, i, bound, inf):
         builder.store(w, at, align=one)
         key = builder.and_(w, _all(ir.Constant(number, 2**(number.width-1) - 1)))
         near = builder.or_(builder.icmp_signed('<=', key, _all(args[3])), builder.icmp_signed('>=', key, _all(args[4])))
-        return builder.bitcast(builder.and_(near, builder.not_(out)), ir.IntType(n))
+        return builder.zext(builder.bitcast(builder.and_(near, builder.not_(out)), ir.IntType(n)), ir.IntType(64))
     return types.uint64(bits, gone, types.intp, bound, inf),codegen
 
 @intrinsic
@@ -106,17 +106,24 @@ def _count_ones(typingctx, word): return types.uint64(word),lambda context, buil
 
 # %% ../nbs/03_loops.ipynb #e385aed8
 @njit
+def _mark_word(bits, gone, i, bound, inf):
+    "The same for 64 weights"
+    word = np.uint64(0)
+    for j in range(0, 64, 16): word |= _mark_16(bits, gone, i+j, bound, inf) << np.uint64(j)
+    return word
+
+@njit
 def _mark(bits, gone, bound, inf, near):
-    "`_mark_word` for all words of a stretch, and how many are marked"
+    "The same for all weights of a stretch, and how many are marked"
     whole,rest,n = len(bits)//64,len(bits)%64,np.uint64(0)
     for j in range(whole):
         near[j] = word = _mark_word(bits, gone, 64*j, bound, inf)
         n += _count_ones(word)
     if rest: # to a whole word, by some that are gone
-        b,g = np.zeros(64, bits.dtype),np.ones(64, np.bool_)
-        b[:rest],g[:rest] = bits[-rest:],gone[-rest:]
+        b,g,at = np.zeros(64, bits.dtype),np.ones(64, np.bool_),64*whole
+        for j in range(rest): b[j],g[j] = bits[at+j],gone[at+j]
         near[whole] = word = _mark_word(b, g, 0, bound, inf)
-        bits[-rest:] = b[:rest]
+        for j in range(rest): bits[at+j] = b[j]
         n += _count_ones(word)
     return n
 

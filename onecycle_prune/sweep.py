@@ -65,6 +65,7 @@ class _Sweep:
         self.stretches = np.column_stack((at[0] + self.cut.start*self.inf.itemsize, at[1] + self.cut.start, self.cut.size))
         self.near,self.counts = np.empty((len(self.stretches), loops.stretch//64), np.uint64),np.zeros(len(self.stretches), int)
         self.going = self.more > 0
+        self.in_order = [all(w.is_contiguous() for w in ws) for ws,*_ in pools]
 
     def rows(self, pools): return np.flatnonzero(pools[self.cut.pool])
 
@@ -86,7 +87,7 @@ class _Sweep:
         return [_bounds(*o) for o in zip(np.split(samples, self.cut.first[1:]), self.more.tolist(), self.cut.sampled)]
 
     def choose(self):
-        "Find for each pool the last magnitude that goes, and how many of it do"
+        "Find for each pool the last magnitude that goes, and how many of it do, and give up what is out of the ordinary"
         keys,tops = np.empty(self.found.sum(), self.inf.dtype),np.zeros(len(self.stretches), self.inf.dtype)
         loops.collect(self.rows(self.going), self.stretches, self.near, self.counts, np.cumsum(self.counts) - self.counts, keys, tops)
         self.lasts,ties = np.zeros_like(self.more, self.inf.dtype),{}
@@ -95,7 +96,8 @@ class _Sweep:
             x.partition(more-1) # in place
             self.lasts[p] = last = x[more-1]
             if (x[more:]==last).any(): ties[p] = np.count_nonzero(x[:more]==last)
-        self.given_up = self.going & ((np.maximum.reduceat(tops, self.cut.first) >= self.inf) | self.may_die(tops))
+        out_of_order = [p in ties and not o for p,o in enumerate(self.in_order)]
+        self.given_up = self.going & ((np.maximum.reduceat(tops, self.cut.first) >= self.inf) | self.may_die(tops) | out_of_order)
         self.going &= ~self.given_up
         self.lefts = self.share(ties)
 
@@ -123,13 +125,19 @@ class _Sweep:
         for w in self.weights: _touch(w)
 
 # %% ../nbs/03_sweep.ipynb #af8588cb
+def _lies_well(w):
+    "Whether weights lie without gaps, in the order of their positions or in one in which equals are rare enough"
+    others = w.is_contiguous(memory_format=torch.channels_last) or w.is_contiguous(memory_format=torch.channels_last_3d)
+    return w.is_contiguous() or others and w.element_size() > 2 # in half precision any batch has equals
+
+# %% ../nbs/03_sweep.ipynb #b41124ce
 def sweep_(
     pools:list # For each, its weights, of any shape; which of them are gone, bool, in the same shapes; and how many more go
 )->tuple: # For each pool, whether it is swept, and if not is for the general way; and a function without arguments that lets go what goes
     "Zero what is gone in the pools, and find the weights of each that go next: those of the lowest magnitudes, and of equals the first"
     dtype = pools[0][0][0].dtype if pools else None
-    def _plain(t): return t.device.type=='cpu' and t.is_contiguous() and t.numel() > 0
-    def _ordinary(weights, gone, more): return more >= 0 and all(w.dtype==dtype for w in weights) and all(map(_plain, weights+gone))
+    def _plain(w, g): return w.device.type=='cpu' and w.dtype==dtype and w.numel() > 0 and w.stride()==g.stride() and _lies_well(w)
+    def _ordinary(weights, gone, more): return more >= 0 and all(map(_plain, weights, gone))
     taken = [p for p,o in enumerate(pools) if loops and _ordinary(*o)]
     if not taken: return [False]*len(pools),lambda: None
     sweep = _Sweep([pools[p] for p in taken])

@@ -134,14 +134,31 @@ def test_large_weights():
     assert check([([torch.tensor([1.5, 2.5, -3., 1.])], [torch.zeros(4, dtype=torch.bool)], 2)]) == [True]
 
 
+@pytest.mark.parametrize('shape,layout', [((8, 6, 3, 3), torch.channels_last), ((8, 6, 3, 3, 3), torch.channels_last_3d)], ids=['2d', '3d'])
+@pytest.mark.usefixtures('threads')
+def test_channels_last(shape, layout):
+    "In the order of memory, but for equals of which only the first go"
+    def last(t): return t.to(memory_format=layout)
+    g = torch.Generator().manual_seed(0)
+    w, gone = torch.randn(shape, generator=g), torch.rand(shape, generator=g) < .3
+    n = int(gone.sum())
+    plain = [torch.randn(50, generator=g)], [torch.zeros(50, dtype=torch.bool)], 7
+    assert check([([last(w)], [last(gone)], n+20), plain]) == [True, True]
+    w.fill_(1).flatten()[::2] = .5
+    halves = int(((w == .5) & ~gone).sum())
+    assert check([([last(w)], [last(gone)], n+20), plain]) == [False, True]
+    assert check([([last(w)], [last(gone)], n+halves)]) == [True]  # all equals go
+
+
 def test_handed_back(monkeypatch):
     w, gone = torch.rand(4, 5, 6, 6), torch.zeros(4, 5, 6, 6, dtype=torch.bool)
-    layout = torch.channels_last
     def swept(*pools): return sweep_(list(pools))[0]
-    assert swept(([w.to(memory_format=layout)], [gone], 3), ([w], [gone], 3)) == [False, True]
+    assert swept(([w.to(memory_format=torch.channels_last)], [gone], 3), ([w], [gone], 3)) == [False, True]
+    assert swept(([w[:, ::2]], [gone[:, ::2]], 3)) == [False]
     assert swept(([w, w.double()], [gone, gone], 3)) == [False]
     assert swept(([w], [gone], 3), ([w.double()], [gone], 3)) == [True, False]
     assert swept(([w], [gone], -1)) == [False]
+    assert swept(([w[:0]], [gone[:0]], 0)) == [False]
     assert swept() == []
     monkeypatch.setattr(sweep, 'loops', None)  # without numba
     assert swept(([w], [gone], 3)) == [False]
