@@ -71,8 +71,8 @@ every,run = 2**12,16 # of so many weights, so many neighbours are sampled
 # %% ../nbs/03_loops.ipynb #78adfe4e
 @_compiled
 def look(
-    stretches, # A row for each stretch: addresses of bits and mask, and number of weights
-    samples # For each stretch, room for the magnitudes of `run` in `every` weights; where one is gone nothing is written
+    stretches:np.ndarray, # A row for each of S stretches: addresses of bits and mask, and number of weights; of shape (S, 3), as all here in int64 if not said otherwise
+    samples:np.ndarray # Of shape (S, m) and as integers of the weights' size: room for the magnitudes of `run` in `every` weights; where one is gone nothing is written
 ):
     "Copy the magnitudes of a sample of the weights that are not gone"
     for s in prange(len(stretches)):
@@ -130,18 +130,18 @@ def _mark(bits, gone, bound, inf, near):
 # %% ../nbs/03_loops.ipynb #25930934
 @_compiled
 def mark(
-    rows, # Which stretches
-    stretches, # As for `look`
-    bounds, # For each stretch, the magnitude up to which weights are marked; -1 for none
-    inf, # The bits of infinity
-    near, # For each stretch, room for words of 64 marks
-    counts # For each stretch, room for how many are marked
+    rows:np.ndarray, # Which stretches
+    stretches:np.ndarray, # As for `look`
+    limits:np.ndarray, # For each stretch, the magnitude up to which weights are marked, -1 for none; of shape (S,), as integers of the weights' size
+    inf, # The bits of infinity, as one such integer
+    near:np.ndarray, # Room for words of 64 marks, uint64, of shape (S, stretch/64)
+    counts:np.ndarray # Room for how many are marked, of shape (S,)
 ):
     "Zero what is gone, and mark what could go"
     for r in prange(len(rows)):
         s = rows[r]
-        bits,gone = _at(stretches, s, bounds)
-        counts[s] = _mark(bits, gone, bounds[s], inf, near[s])
+        bits,gone = _at(stretches, s, limits)
+        counts[s] = _mark(bits, gone, limits[s], inf, near[s])
 
 # %% ../nbs/03_loops.ipynb #5e8686ab
 @njit
@@ -160,11 +160,13 @@ def _places(near, n):
 # %% ../nbs/03_loops.ipynb #7c8596c2
 @_compiled
 def collect(
-    rows, stretches, # As for `mark`
-    near, counts, # As `mark` has left them
-    starts, # For each stretch, where in `keys` its own begin
-    keys, # Room for as many magnitudes as there are marks
-    tops # For each stretch, room for the highest of them
+    rows:np.ndarray, # As for `mark`
+    stretches:np.ndarray, # As for `mark`
+    near:np.ndarray, # As `mark` has left it
+    counts:np.ndarray, # As `mark` has left it
+    starts:np.ndarray, # For each stretch, where in `keys` its own begin; of shape (S,)
+    keys:np.ndarray, # Room for as many magnitudes as there are marks, as integers of the weights' size
+    tops:np.ndarray # Room for the highest of each stretch, of shape (S,), as such integers
 ):
     "Copy the magnitudes of what is marked"
     for r in prange(len(rows)):
@@ -181,9 +183,12 @@ def collect(
 # %% ../nbs/03_loops.ipynb #b25f4bdc
 @_compiled
 def equals(
-    rows, stretches, near, counts, # As for `collect`
-    lasts, # For each stretch, a magnitude
-    equal # For each stretch, room for how many have it
+    rows:np.ndarray, # As for `collect`
+    stretches:np.ndarray, # As for `collect`
+    near:np.ndarray, # As for `collect`
+    counts:np.ndarray, # As for `collect`
+    lasts:np.ndarray, # For each stretch, a magnitude; of shape (S,), as integers of the weights' size
+    equal:np.ndarray # Room for how many have it, of shape (S,)
 ):
     "Count, of what is marked, what is of a given magnitude"
     for r in prange(len(rows)):
@@ -196,9 +201,12 @@ def equals(
 # %% ../nbs/03_loops.ipynb #1e72dbee
 @_compiled
 def let_go(
-    rows, stretches, near, counts, # As for `collect`
-    lasts, # For each stretch, the magnitude up to which weights go
-    lefts # For each stretch, how many of just this magnitude go: the first
+    rows:np.ndarray, # As for `collect`
+    stretches:np.ndarray, # As for `collect`
+    near:np.ndarray, # As for `collect`
+    counts:np.ndarray, # As for `collect`
+    lasts:np.ndarray, # For each stretch, the magnitude up to which weights go; of shape (S,), as integers of the weights' size
+    lefts:np.ndarray # For each stretch, how many of just this magnitude go: the first; of shape (S,)
 ):
     "Mark as gone and zero what goes of what is marked in `near`"
     for r in prange(len(rows)):
