@@ -126,7 +126,8 @@ class _Sweep:
 
 # %% ../nbs/03_sweep.ipynb #af8588cb
 def _lies_well(w):
-    "Whether weights lie without gaps, in the order of their positions or in one in which equals are rare enough"
+    "Whether weights lie where they say, without gaps, in the order of their positions or in one in which equals are rare enough"
+    if type(w) not in (torch.Tensor, torch.nn.Parameter): return False # another may keep them elsewhere
     others = w.is_contiguous(memory_format=torch.channels_last) or w.is_contiguous(memory_format=torch.channels_last_3d)
     return w.is_contiguous() or others and w.element_size() > 2 # in half precision any batch has equals
 

@@ -2,6 +2,7 @@
 import os
 
 import pytest, torch
+from fastai.torch_core import TensorBase
 from hypothesis import given, settings, strategies as st
 from onecycle_prune import sweep
 from onecycle_prune.sparsifier import Sparsifier
@@ -159,6 +160,7 @@ def test_handed_back(monkeypatch):
     assert swept(([w], [gone], 3), ([w.double()], [gone], 3)) == [True, False]
     assert swept(([w], [gone], -1)) == [False]
     assert swept(([w[:0]], [gone[:0]], 0)) == [False]
+    assert swept(([w.as_subclass(TensorBase)], [gone], 3)) == [False]
     assert swept() == []
     monkeypatch.setattr(sweep, 'loops', None)  # without numba
     assert swept(([w], [gone], 3)) == [False]
