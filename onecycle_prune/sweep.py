@@ -125,19 +125,22 @@ class _Sweep:
         for w in self.weights: _touch(w)
 
 # %% ../nbs/03_sweep.ipynb #af8588cb
-def _lies_well(w):
-    "Whether weights lie where they say, without gaps, in the order of their positions or in one in which equals are rare enough"
+def _steps(t): return [step for step,n in zip(t.stride(), t.shape) if n > 1]
+
+def _lie_alike(w, g):
+    "Whether weights and mask lie without gaps, in the order of their positions, or both in another in which equals are rare enough"
     if type(w) not in (torch.Tensor, torch.nn.Parameter): return False # another may keep them elsewhere
-    others = w.is_contiguous(memory_format=torch.channels_last) or w.is_contiguous(memory_format=torch.channels_last_3d)
-    return w.is_contiguous() or others and w.element_size() > 2 # in half precision any batch has equals
+    if w.is_contiguous(): return g.is_contiguous()
+    dense = any(w.is_contiguous(memory_format=o) for o in (torch.channels_last, torch.channels_last_3d))
+    return dense and _steps(w)==_steps(g) and w.element_size() > 2 # in half precision any batch has equals
 
 # %% ../nbs/03_sweep.ipynb #b41124ce
 def sweep_(
-    pools:list # For each, its weights, of any shape; which of them are gone, bool, in the same shapes; and how many more go
+    pools:list # For each, its weights, of any shape; which of them are gone, bool, in the same order; and how many more go
 )->tuple: # For each pool, whether it is swept, and if not is for the general way; and a function without arguments that lets go what goes
     "Zero what is gone in the pools, and find the weights of each that go next: those of the lowest magnitudes, and of equals the first"
     dtype = pools[0][0][0].dtype if pools else None
-    def _plain(w, g): return w.device.type=='cpu' and w.dtype==dtype and w.numel() > 0 and w.stride()==g.stride() and _lies_well(w)
+    def _plain(w, g): return w.device.type=='cpu' and w.dtype==dtype and w.numel() > 0 and _lie_alike(w, g)
     def _ordinary(weights, gone, more): return more >= 0 and all(map(_plain, weights, gone))
     taken = [p for p,o in enumerate(pools) if loops and _ordinary(*o)]
     if not taken: return [False]*len(pools),lambda: None

@@ -4,7 +4,7 @@ import os
 import pytest, torch
 from fastai.torch_core import TensorBase
 from hypothesis import given, settings, strategies as st
-from onecycle_prune import sweep
+from onecycle_prune import sparsifier, sweep
 from onecycle_prune.sparsifier import Sparsifier
 from onecycle_prune.sweep import sweep_, zero_
 from torch import nn
@@ -200,6 +200,21 @@ def test_zero_broadcasts(shape):
     expected = t.masked_fill(gone, 0)
     zero_(t, gone)
     assert torch.equal(t, expected)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_taken(monkeypatch, context, layout):
+    "The layers of an ordinary model go by the fast lane, in channels-last too, but for groups of channels there"
+    torch.manual_seed(0)
+    groups = 4 if layout == torch.contiguous_format else 1
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=groups), nn.Conv2d(8, 16, 1), nn.Linear(16, 4)).to(memory_format=layout)
+    for m in net: nn.init.normal_(m.weight)  # alike, so that no layer dies
+    monkeypatch.setattr(sparsifier, 'select_', lambda *args, **kwargs: pytest.fail('not by the fast lane'))
+    sp = Sparsifier(net, context=context)
+    for s in (.1, .5, .9): sp.prune(s)
+    sizes = [m.numel() for m in sp.masks.values()]
+    assert sum(int((~m).sum()) for m in sp.masks.values()) == (round(.9*sum(sizes)) if context == 'global' else sum(round(.9*n) for n in sizes))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
