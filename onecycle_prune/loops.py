@@ -26,7 +26,9 @@ from types import FunctionType
 @cache
 def _home():
     "The process that has numba's threads; None where they are of the plainest kind"
-    numba.get_num_threads() # which starts them
+    n = torch.get_num_threads()
+    numba.get_num_threads() # which starts them, and may give torch as many
+    torch.set_num_threads(n)
     return None if numba.threading_layer()=='workqueue' else os.getpid()
 
 def _n_threads():
@@ -65,7 +67,7 @@ def _at(stretches, s, like):
 def _magnitude(like): return np.iinfo(like.dtype).max # all bits but the sign
 
 # %% ../nbs/03_loops.ipynb #8080eefa
-stretch = 2**16 # weights at most
+stretch = 2**16 # weights at most, so that 16 bits say where one is
 every,run = 2**12,16 # of so many weights, so many neighbours are sampled
 
 # %% ../nbs/03_loops.ipynb #78adfe4e
@@ -146,16 +148,15 @@ def mark(
 # %% ../nbs/03_loops.ipynb #5e8686ab
 @njit
 def _places(near, n):
-    "The positions of the `n` marks of a stretch"
-    res,j,k = np.empty(n, np.int32),0,0
-    while k < n:
+    "The positions of the marks of a stretch of `n` weights"
+    res,k = np.empty(stretch, np.uint16),0 # always of the same size: rooms of many sizes would break memory up
+    for j in range(-(-n//64)):
         word = near[j]
         while word:
             res[k] = 64*j + trailing_zeros(word)
             word &= word - np.uint64(1) # without its lowest bit
             k += 1
-        j += 1
-    return res
+    return res[:k]
 
 # %% ../nbs/03_loops.ipynb #7c8596c2
 @_compiled
@@ -163,7 +164,6 @@ def collect(
     rows:np.ndarray, # As for `mark`
     stretches:np.ndarray, # As for `mark`
     near:np.ndarray, # As `mark` has left it
-    counts:np.ndarray, # As `mark` has left it
     starts:np.ndarray, # For each stretch, where in `keys` its own begin; of shape (S,)
     keys:np.ndarray, # Room for as many magnitudes as there are marks, as integers of the weights' size
     tops:np.ndarray # Room for the highest of each stretch, of shape (S,), as such integers
@@ -173,7 +173,7 @@ def collect(
         s = rows[r]
         bits,gone = _at(stretches, s, keys)
         n,top = starts[s],0
-        for i in _places(near[s], counts[s]):
+        for i in _places(near[s], len(bits)):
             key = bits[i] & _magnitude(keys)
             keys[n] = key
             top = max(top, key)
@@ -186,7 +186,6 @@ def equals(
     rows:np.ndarray, # As for `collect`
     stretches:np.ndarray, # As for `collect`
     near:np.ndarray, # As for `collect`
-    counts:np.ndarray, # As for `collect`
     lasts:np.ndarray, # For each stretch, a magnitude; of shape (S,), as integers of the weights' size
     equal:np.ndarray # Room for how many have it, of shape (S,)
 ):
@@ -195,7 +194,7 @@ def equals(
         s = rows[r]
         bits,gone = _at(stretches, s, lasts)
         n = 0
-        for i in _places(near[s], counts[s]): n += bits[i] & _magnitude(lasts) == lasts[s]
+        for i in _places(near[s], len(bits)): n += bits[i] & _magnitude(lasts) == lasts[s]
         equal[s] = n
 
 # %% ../nbs/03_loops.ipynb #1e72dbee
@@ -204,7 +203,6 @@ def let_go(
     rows:np.ndarray, # As for `collect`
     stretches:np.ndarray, # As for `collect`
     near:np.ndarray, # As for `collect`
-    counts:np.ndarray, # As for `collect`
     lasts:np.ndarray, # For each stretch, the magnitude up to which weights go; of shape (S,), as integers of the weights' size
     lefts:np.ndarray # For each stretch, how many of just this magnitude go: the first; of shape (S,)
 ):
@@ -212,7 +210,7 @@ def let_go(
     for r in prange(len(rows)):
         s = rows[r]
         (bits,gone),last,left = _at(stretches, s, lasts),lasts[s],lefts[s]
-        for i in _places(near[s], counts[s]):
+        for i in _places(near[s], len(bits)):
             key = bits[i] & _magnitude(lasts)
             equal = key==last
             goes = (key < last) | (equal & (left > 0))

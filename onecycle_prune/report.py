@@ -21,7 +21,7 @@ def sparsity_report(
 )->pd.DataFrame: # A row for each convolution and linear layer, and the total: layer, kind, shape, weights, zeros, sparsity in [0, 1]
     "Count the weights that are exactly zero, layer by layer; biases and batch norms are not counted"
     weights = {n: (m, _look(m)) for n,m in prunable(model).items()}
-    rows = [(n, type(m).__name__, '×'.join(map(str, w.shape)), w.numel(), int((w==0).sum())) for n,(m,w) in weights.items()]
+    rows = [(n, type(m).__name__, '×'.join(map(str, w.shape)), w.numel(), int((w==0).count_nonzero())) for n,(m,w) in weights.items()]
     df = pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'weights', 'zeros'])
     df.loc[len(df)] = ['total', '', '', df.weights.sum(), df.zeros.sum()]
     # a model without weights has no share of them

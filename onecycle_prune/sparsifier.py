@@ -183,10 +183,11 @@ def _bring_to(self:Sparsifier, counts, before):
 @patch
 def _sweep(self:Sparsifier, counts, before):
     "Zero what is gone, and find what goes, in the pools that allow it: their names, and a function that lets go"
-    names = [o for o,k in counts.items() if k] if self.criteria is large_final and self.granularity.name=='weight' else []
+    ordinary = self.criteria is large_final and self.granularity.name=='weight' and all(g.device.type=='cpu' for g in self._gone.values())
+    names = [o for o,k in counts.items() if k] if ordinary else []
     def _pool(o):
         gone = [self._gone[n] for n in o]
-        return [self.layers[n].weight for n in o],gone,counts[o] - (before[o] if o in before else sum(int(g.sum()) for g in gone))
+        return [self.layers[n].weight for n in o],gone,counts[o] - (before[o] if o in before else sum(int(g.count_nonzero()) for g in gone))
     swept,go = sweep_([_pool(o) for o in names])
     return {o for o,s in zip(names, swept) if s},go
 
@@ -250,7 +251,7 @@ def hold(self:Sparsifier,
     sparsity # As for `prune`
 ):
     "Keep gone what is gone now, of each pool at most to `sparsity`, also where `prune` is asked for less"
-    self.held = {names: min(k, sum(int(self._gone[n].sum()) for n in names)) for names,k in self._counts(sparsity).items()}
+    self.held = {names: min(k, sum(int(self._gone[n].count_nonzero()) for n in names)) for names,k in self._counts(sparsity).items()}
 
 # %% ../nbs/04_sparsifier.ipynb #70346178
 @patch

@@ -65,7 +65,6 @@ class _Sweep:
         self.stretches = np.column_stack((at[0] + self.cut.start*self.inf.itemsize, at[1] + self.cut.start, self.cut.size))
         self.near,self.counts = np.empty((len(self.stretches), loops.stretch//64), np.uint64),np.zeros(len(self.stretches), int)
         self.going = self.more > 0
-        self.in_order = [all(w.is_contiguous() for w in ws) for ws,*_ in pools]
 
     def rows(self, pools): return np.flatnonzero(pools[self.cut.pool])
 
@@ -89,14 +88,14 @@ class _Sweep:
     def choose(self):
         "Find for each pool the last magnitude that goes, and how many of it do, and give up what is out of the ordinary"
         keys,tops = np.empty(self.found.sum(), self.inf.dtype),np.zeros(len(self.stretches), self.inf.dtype)
-        loops.collect(self.rows(self.going), self.stretches, self.near, self.counts, np.cumsum(self.counts) - self.counts, keys, tops)
+        loops.collect(self.rows(self.going), self.stretches, self.near, np.cumsum(self.counts) - self.counts, keys, tops)
         self.lasts,ties = np.zeros_like(self.more, self.inf.dtype),{}
         for p,(x,more) in enumerate(zip(np.split(keys, np.cumsum(self.found)[:-1]), self.more.tolist())):
             if not more: continue
             x.partition(more-1) # in place
             self.lasts[p] = last = x[more-1]
             if (x[more:]==last).any(): ties[p] = np.count_nonzero(x[:more]==last)
-        out_of_order = [p in ties and not o for p,o in enumerate(self.in_order)]
+        out_of_order = [p in ties and not all(self.weights[l].is_contiguous() for l in o) for p,o in enumerate(self.cut.of_pool)]
         self.given_up = self.going & ((np.maximum.reduceat(tops, self.cut.first) >= self.inf) | self.may_die(tops) | out_of_order)
         self.going &= ~self.given_up
         self.lefts = self.share(ties)
@@ -106,14 +105,14 @@ class _Sweep:
         def _dies(l, last):
             o = self.cut.layer==l
             # a layer that dies loses all that is marked of it; only then it is counted
-            return tops[o].max() <= last and self.counts[o].sum() + int(self.gone[l].sum()) == self.weights[l].numel()
+            return tops[o].max() <= last and self.counts[o].sum() + int(self.gone[l].count_nonzero()) == self.weights[l].numel()
         return np.array([len(o) > 1 and any(_dies(l, last) for l in o) for o,last in zip(self.cut.of_pool, self.lasts)])
 
     def share(self, ties):
         "For each stretch, how many of the last magnitude of its pool go: all, or the first of the pool, as many as `ties` says"
         lefts,equal = self.cut.size.copy(),np.zeros_like(self.counts)
         if not ties: return lefts
-        loops.equals(self.rows(np.isin(np.arange(len(self.more)), list(ties))), self.stretches, self.near, self.counts, self.lasts[self.cut.pool], equal)
+        loops.equals(self.rows(np.isin(np.arange(len(self.more)), list(ties))), self.stretches, self.near, self.lasts[self.cut.pool], equal)
         for p,left in ties.items():
             o = self.cut.pool==p
             lefts[o] = np.clip(left - (np.cumsum(equal[o]) - equal[o]), 0, equal[o])
@@ -121,7 +120,7 @@ class _Sweep:
 
     def go(self):
         "Let go what goes"
-        loops.let_go(self.rows(self.going), self.stretches, self.near, self.counts, self.lasts[self.cut.pool], self.lefts)
+        loops.let_go(self.rows(self.going), self.stretches, self.near, self.lasts[self.cut.pool], self.lefts)
         for w in self.weights: _touch(w)
 
 # %% ../nbs/03_sweep.ipynb #af8588cb

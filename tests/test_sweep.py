@@ -1,5 +1,5 @@
 "The fast lane does what score, select and zero do: against a stable sort, by one thread and by several."
-import os
+import os, subprocess, sys
 
 import pytest, torch
 from fastai.torch_core import TensorBase
@@ -62,16 +62,16 @@ def out_of_the_ordinary(weights, gone, k):
 
 @pytest.mark.usefixtures('threads')
 def test_sweep():
-    "Every k of several pools at once, and only what is out of the ordinary is handed back"
+    "Every k of one pool, beside others, and only what is out of the ordinary is handed back"
     @quick
     @given(st.lists(pools(), min_size=1, max_size=3), st.data())
     def holds(many, data):
-        many = [o for o in many if o[0][0].dtype == many[0][0][0].dtype]
-        ks = [data.draw(st.integers(0, sum(map(len, gone)))) for _, gone in many]
-        odd = [out_of_the_ordinary(*o, k) for o, k in zip(many, ks)]
-        all_gone = [any(g.all() for g in gone) for _, gone in many]
-        swept = check([(*o, k) for o, k in zip(many, ks)])
-        assert all(s != o or a for s, o, a in zip(swept, odd, all_gone))
+        (weights, gone), *others = [o for o in many if o[0][0].dtype == many[0][0][0].dtype]
+        others = [(*o, data.draw(st.integers(0, sum(map(len, o[1]))))) for o in others]
+        for k in range(sum(map(len, gone))+1):
+            now = [([w.clone() for w in ws], [g.clone() for g in gs], n) for ws, gs, n in [(weights, gone, k), *others]]
+            expected = [(not out_of_the_ordinary(*o), any(g.all() for g in o[1])) for o in now]
+            assert all(s == e or all_gone for s, (e, all_gone) in zip(check(now), expected, strict=True))
     holds()
 
 
@@ -106,6 +106,13 @@ def test_fork():
     pid = os.fork()
     if not pid: os._exit(3 if check([([torch.arange(9.)], [torch.zeros(9, dtype=torch.bool)], 4)]) == [True] and loops._n_threads() == 1 else 4)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_threads_of_torch(n):
+    "Torch keeps as many threads as it had when numba's are started"
+    code = f"import torch; torch.set_num_threads({n}); from onecycle_prune import loops; loops._home(); assert torch.get_num_threads() == {n}"
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, timeout=60)
 
 
 def test_number_of_threads(monkeypatch):

@@ -93,11 +93,23 @@ def test_exact_groups(new_learner, granularity, context):
 
 
 @pytest.mark.parametrize('opt_func', [quick_sgd, adam], ids=['sgd', 'adam'])
+@pytest.mark.parametrize('context', ['local', 'global'])
 @pytest.mark.parametrize('schedule', rising)
-def test_exact_schedules(new_learner, schedule, opt_func):
-    seen = train(new_learner(opt_func=opt_func), .9, schedule=schedule)
-    assert_counts(seen, steps(schedule, .9))
-    assert sum(gone for gone, _ in seen[-1].values()) == round(.9*n_weights)
+def test_exact_schedules(new_learner, schedule, opt_func, context):
+    seen = train(new_learner(opt_func=opt_func), .9, schedule=schedule, context=context)
+    assert_counts(seen, steps(schedule, .9), context)
+    assert_counts(seen[-1:], [.9], context)
+
+
+
+@pytest.mark.parametrize('granularity,default,other', [('weight', 'global', 'local'), ('kernel', 'local', 'global')])
+def test_default_context(granularity, default, other):
+    "All single weights compete, larger groups layer by layer"
+    def pruned(*context):
+        net = tiny_net()
+        Sparsifier(net, granularity, *context).prune(.6)
+        return n_zeros(net)
+    assert pruned() == pruned(default) != pruned(other)
 
 
 def test_exact_fastai_annealing(new_learner):
@@ -490,13 +502,11 @@ def test_predict(item_learner):
     assert_same(before, bits(learn.model))
 
 
+@pytest.mark.parametrize('context', ['local', 'global'])
 @pytest.mark.parametrize('first,second', [(.9, .5), (.3, .8)])
-def test_second_fit(new_learner, first, second):
+def test_second_fit(new_learner, first, second, context):
     learn = new_learner()
-    train(learn, first)
-    assert total(learn.model) == round(first*n_weights)
-    seen = train(learn, second)
-    assert sum(gone for gone, _ in seen[-1].values()) == round(second*n_weights)
+    for s in first, second: assert_counts(train(learn, s, context=context)[-1:], [s], context)
 
 
 def test_same_callback_twice(new_learner):
@@ -524,16 +534,17 @@ def test_without_recorder(new_learner):
     assert_counts(train(learn, .9), steps('one_cycle', .9))
 
 
-def test_plain_loop():
+@pytest.mark.parametrize('context', ['local', 'global'])
+def test_plain_loop(context):
     "`Sparsifier` in a loop of one's own"
     net = tiny_net()
-    opt, sp = torch.optim.SGD(net.parameters(), 1e-2, momentum=.9, weight_decay=.01), Sparsifier(net)
+    opt, sp = torch.optim.SGD(net.parameters(), 1e-2, momentum=.9, weight_decay=.01), Sparsifier(net, context=context)
     for i, (xb, yb) in enumerate(batches := list(tiny_dls().train)*2):
         nn.functional.cross_entropy(net(xb), yb).backward()
         opt.step()
         share = sp.prune(s := .9*(i+1)/len(batches))
         opt.zero_grad()
-        assert total(net) == round(s*n_weights)
+        assert_counts([groups(net, 'weight')], [s], context)
         assert share == total(net)/n_weights
     assert_same(sp.masks, {n: m.weight != 0 for n, m in layers(net).items()})
 
