@@ -6,6 +6,7 @@
 - `onecycle_prune.criteria`: How much a weight matters
 - `onecycle_prune.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
 - `onecycle_prune.granularity`: What goes together: single weights, or groups of them
+- `onecycle_prune.kernels`: The sweep of a GPU: kernels that Triton compiles
 - `onecycle_prune.layers`: Which modules are pruned, and what falls silent with them
 - `onecycle_prune.loops`: The loops over the weights that numba compiles, for one thread or several
 - `onecycle_prune.report`: What came out: tables and plots

@@ -73,7 +73,7 @@ class Sparsifier:
         self.silenced = self._silenced_by_filters(model) if self.granularity.name=='filter' else {}
         self._gone = {n: self._zeros(m) for n,m in self.layers.items()}
         self.held = {} # how many groups of each pool `hold` keeps gone, by the names of its layers
-        self._finite = {} # for each layer, whether its scores were finite when last heard of
+        self._finite = {} # for each layer, or all pools of a sweep, whether its scores were finite when last heard of
         self._count = {} # how many groups of each pool are gone, by the names of its layers, once it is pruned
         self._memory = self._remember(model) if hasattr(self.criteria, 'memory') else {}
 
@@ -183,12 +183,15 @@ def _bring_to(self:Sparsifier, counts, before):
 @patch
 def _sweep(self:Sparsifier, counts, before):
     "Zero what is gone, and find what goes, in the pools that allow it: their names, and a function that lets go"
-    ordinary = self.criteria is large_final and self.granularity.name=='weight' and all(g.device.type=='cpu' for g in self._gone.values())
-    names = [o for o,k in counts.items() if k] if ordinary else []
+    ordinary = self.criteria is large_final and self.granularity.name=='weight'
+    names = tuple(o for o,k in counts.items() if k) if ordinary else ()
     def _pool(o):
         gone = [self._gone[n] for n in o]
         return [self.layers[n].weight for n in o],gone,counts[o] - (before[o] if o in before else sum(int(g.count_nonzero()) for g in gone))
-    swept,go = sweep_([_pool(o) for o in names])
+    swept,finite,go = sweep_([_pool(o) for o in names])
+    for o,fine in zip(names, self._last_heard(names, finite).tolist()):
+        if not fine:
+            for n in o: self._refuse_infinite(n, self.layers[n].weight)
     return {o for o,s in zip(names, swept) if s},go
 
 # %% ../nbs/04_sparsifier.ipynb #5b301002
@@ -209,9 +212,17 @@ def _scores(self:Sparsifier, name):
 def _check_finite(self:Sparsifier, name, x):
     "Raise `ValueError` where `x` is not finite"
     # a sum is finite if all are, and cheaper to ask; only if it is not are they looked at one by one
-    finite = self._finite.setdefault(name, torch.ones((), dtype=torch.bool, pin_memory=x.is_cuda))
-    finite.copy_(x.sum().isfinite(), non_blocking=True)
-    if not finite and not x.isfinite().all():
+    if not self._last_heard(name, x.sum().isfinite()): self._refuse_infinite(name, x)
+
+@patch
+def _last_heard(self:Sparsifier, key, finite):
+    "Send for `finite`, of what `key` says, and return the last answer that has come"
+    if key not in self._finite: self._finite[key] = torch.ones(finite.shape, dtype=torch.bool, pin_memory=finite.is_cuda)
+    return self._finite[key].copy_(finite, non_blocking=True)
+
+@patch
+def _refuse_infinite(self:Sparsifier, name, x):
+    if not x.isfinite().all():
         raise ValueError(f"Scores of layer '{name}' are NaN or infinite, and cannot be ranked: has the training diverged?")
 
 # %% ../nbs/04_sparsifier.ipynb #34d6dfd4

@@ -1,8 +1,8 @@
 """One pass over the weights: zero what is gone, and let go what goes
 
-Nearly every training prunes single weights by their magnitude, and then scoring, selecting and zeroing are one thing: to look at each weight once. A sweep does that on a CPU, for all pools of a model together. It zeroes what is gone, finds the weights that go next and lets them go; nothing of the size of the model is written beside the model itself.
+Nearly every training prunes single weights by their magnitude, and then scoring, selecting and zeroing are one thing: to look at each weight once. A sweep does that, for all pools of a model together. It zeroes what is gone, finds the weights that go next and lets them go; nothing of the size of the model is written beside the model itself.
 
-It is the fast lane and no more than that: what it chooses is what `select_` chooses among the scores `w.abs()`, and whatever is less ordinary goes that way. So does all where [numba](https://numba.pydata.org) is not installed (`pip install 'onecycle_prune[fast]'`), which compiles its loops.
+It is the fast lane and no more than that: what it chooses is what `select_` chooses among the scores `w.abs()`, and whatever is less ordinary goes that way. So does all where its loops cannot be compiled: those of a CPU by [numba](https://numba.pydata.org) (`pip install 'onecycle_prune[fast]'`), those of a GPU by [Triton](https://triton-lang.org), which comes with PyTorch. What follows is the sweep of a CPU; that of a GPU is in [kernels](03_kernels.ipynb).
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/sweep.html.md"""
 
@@ -65,6 +65,8 @@ class _Sweep:
         self.stretches = np.column_stack((at[0] + self.cut.start*self.inf.itemsize, at[1] + self.cut.start, self.cut.size))
         self.near,self.counts = np.empty((len(self.stretches), loops.stretch//64), np.uint64),np.zeros(len(self.stretches), int)
         self.going = self.more > 0
+        self.find()
+        self.choose()
 
     def rows(self, pools): return np.flatnonzero(pools[self.cut.pool])
 
@@ -96,7 +98,8 @@ class _Sweep:
             self.lasts[p] = last = x[more-1]
             if (x[more:]==last).any(): ties[p] = np.count_nonzero(x[:more]==last)
         out_of_order = [p in ties and not all(self.weights[l].is_contiguous() for l in o) for p,o in enumerate(self.cut.of_pool)]
-        self.given_up = self.going & ((np.maximum.reduceat(tops, self.cut.first) >= self.inf) | self.may_die(tops) | out_of_order)
+        self.finite = torch.from_numpy(np.maximum.reduceat(tops, self.cut.first) < self.inf)
+        self.given_up = self.going & (~self.finite.numpy() | self.may_die(tops) | out_of_order)
         self.going &= ~self.given_up
         self.lefts = self.share(ties)
 
@@ -127,24 +130,32 @@ class _Sweep:
 def _steps(t): return [step for step,n in zip(t.stride(), t.shape) if n > 1]
 
 def _lie_alike(w, g):
-    "Whether weights and mask lie without gaps, in the order of their positions, or both in another in which equals are rare enough"
+    "Whether weights and mask lie alike, without gaps, in an order that the sweep can follow"
     if type(w) not in (torch.Tensor, torch.nn.Parameter): return False # another may keep them elsewhere
     if w.is_contiguous(): return g.is_contiguous()
     dense = any(w.is_contiguous(memory_format=o) for o in (torch.channels_last, torch.channels_last_3d))
-    return dense and _steps(w)==_steps(g) and w.element_size() > 2 # in half precision any batch has equals
+    return dense and _steps(w)==_steps(g)
+
+@cache
+def _sweep_of(device):
+    "The class of sweeps on a device, None where there is none"
+    if device.type=='cpu': return loops and _Sweep
+    try: from onecycle_prune import kernels
+    except ImportError: return None
+    return kernels.Sweep if device.type=='cuda' and kernels.trusted(device) else None
 
 # %% ../nbs/03_sweep.ipynb #b41124ce
 def sweep_(
     pools:list # For each, its weights, of any shape; which of them are gone, bool, in the same order; and how many more go
-)->tuple: # For each pool, whether it is swept, and if not is for the general way; and a function without arguments that lets go what goes
+)->tuple: # For each pool, whether it is swept, and if not is for the general way; whether its weights are finite, as far as it was looked at, bool on its device, of shape (P,) for P pools; and a function without arguments that lets go what goes
     "Zero what is gone in the pools, and find the weights of each that go next: those of the lowest magnitudes, and of equals the first"
-    dtype = pools[0][0][0].dtype if pools else None
-    def _plain(w, g): return w.device.type=='cpu' and w.dtype==dtype and w.numel() > 0 and _lie_alike(w, g)
+    P,like = len(pools),pools[0][0][0] if pools else None
+    def _plain(w, g): return w.device==like.device and w.dtype==like.dtype and 0 < w.numel() < 2**31 and _lie_alike(w, g)
     def _ordinary(weights, gone, more): return more >= 0 and all(map(_plain, weights, gone))
-    taken = [p for p,o in enumerate(pools) if loops and _ordinary(*o)]
-    if not taken: return [False]*len(pools),lambda: None
-    sweep = _Sweep([pools[p] for p in taken])
-    sweep.find()
-    sweep.choose()
+    make = _sweep_of(like.device) if pools else None
+    taken = [p for p,o in enumerate(pools) if make and _ordinary(*o)]
+    if not taken: return [False]*P,torch.ones(P, dtype=torch.bool),lambda: None
+    sweep = make([pools[p] for p in taken])
+    finite = sweep.finite.new_ones(P).index_copy(0, torch.tensor(taken).to(like.device, non_blocking=True), sweep.finite)
     swept = {p for p,up in zip(taken, sweep.given_up) if not up}
-    return [p in swept for p in range(len(pools))],sweep.go
+    return [p in swept for p in range(P)],finite,sweep.go

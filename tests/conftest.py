@@ -1,10 +1,11 @@
 "A tiny learner that is the same each time it is made, and what several test files read off its model."
-import matplotlib
-matplotlib.use('Agg')
-
+import os
 from functools import partial
 
-import pytest, torch
+import matplotlib, pytest, torch
+matplotlib.use('Agg')
+if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'  # a GPU's kernels are run by Triton's interpreter, if it is told before it is imported
+
 from fastai.basics import Categorize, DataLoader, DataLoaders, Datasets, Learner, SGD, noop
 from fastai.callback.progress import ProgressCallback
 from onecycle_prune.callback import SparsifyCallback
