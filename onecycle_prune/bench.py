@@ -24,6 +24,7 @@ from .models import get_arch
 from .schedule import one_cycle
 from .selection import select_
 from .sparsifier import Sparsifier
+from .sweep import sweep_
 
 # %% ../nbs/15_bench.ipynb #f73d738e
 class BatchTimer(Callback):
@@ -134,16 +135,18 @@ def bench_selection(
     sizes:list, # Numbers of weights
     device, # Where to measure
     rounds:int # Times each
-)->pd.DataFrame: # A row for each size: weights, milliseconds to select, milliseconds to read once, and their ratio
-    "Medians of the time to select a thousandth more of a pool, of which half was gone at first"
+)->pd.DataFrame: # A row for each size: weights; milliseconds to select, to sweep, and to read once; and the first two as multiples of the last
+    "Medians of the time in which a thousandth more of a pool goes, of which half was gone at first"
     rows = []
     for n in progress_bar(sizes):
         x = torch.rand(n, device=device)
         gone,copy = x < .5,torch.empty_like(x)
-        k = itertools.count(int(gone.sum()) + n//1000, n//1000)
-        rows.append((n, median_ms(lambda: select_([x], [gone], next(k)), rounds, device), median_ms(lambda: copy.copy_(x), rounds, device)/2))
-    df = pd.DataFrame(rows, columns=['weights', 'select_ms', 'read_ms'])
-    return df.assign(ratio=df.select_ms/df.read_ms)
+        k,w,out = itertools.count(int(gone.sum()) + n//1000, n//1000),x.clone(),gone.clone()
+        def _sweep(): sweep_([([w], [out], n//1000)])[-1]()
+        measured = lambda: select_([x], [gone], next(k)),_sweep,lambda: copy.copy_(x)
+        rows.append((n, *(median_ms(f, rounds, device) for f in measured)))
+    df = pd.DataFrame(rows, columns=['weights', 'select_ms', 'sweep_ms', 'read_ms']).assign(read_ms=lambda df: df.read_ms/2)
+    return df.assign(select_ratio=df.select_ms/df.read_ms, sweep_ratio=df.sweep_ms/df.read_ms)
 
 # %% ../nbs/15_bench.ipynb #332dba11
 def peak_bytes(
