@@ -74,14 +74,14 @@ every,run = 2**12,16 # of so many weights, so many neighbours are sampled
 @_compiled
 def look(
     stretches:np.ndarray, # A row for each of S stretches: addresses of bits and mask, and number of weights; of shape (S, 3), as all here in int64 if not said otherwise
-    samples:np.ndarray # Of shape (S, m) and as integers of the weights' size: room for the magnitudes of `run` in `every` weights; where one is gone nothing is written
+    samples:np.ndarray # Of shape (S, m) and as integers of the weights' size: room for the magnitudes of `run` in `every` weights; where one is gone, the highest integer is written, and where there is none, nothing
 ):
     "Copy the magnitudes of a sample of the weights that are not gone"
     for s in prange(len(stretches)):
         bits,gone = _at(stretches, s, samples)
         for i in range(0, len(bits), every):
             for j in range(min(run, len(bits)-i)):
-                if not gone[i+j]: samples[s, i//every*run + j] = bits[i+j] & _magnitude(samples)
+                samples[s, i//every*run + j] = _magnitude(samples) if gone[i+j] else bits[i+j] & _magnitude(samples)
 
 # %% ../nbs/03_loops.ipynb #bff16a68
 @intrinsic
@@ -147,16 +147,10 @@ def mark(
 
 # %% ../nbs/03_loops.ipynb #5e8686ab
 @njit
-def _places(near, n):
-    "The positions of the marks of a stretch of `n` weights"
-    res,k = np.empty(stretch, np.uint16),0 # always of the same size: rooms of many sizes would break memory up
-    for j in range(-(-n//64)):
-        word = near[j]
-        while word:
-            res[k] = 64*j + trailing_zeros(word)
-            word &= word - np.uint64(1) # without its lowest bit
-            k += 1
-    return res[:k]
+def _words(bits): return range(-(-len(bits)//64))
+
+@njit
+def _first(word, j): return 64*j + trailing_zeros(word),word & (word - np.uint64(1)) # where the lowest mark of word `j` is, and the word without it
 
 # %% ../nbs/03_loops.ipynb #7c8596c2
 @_compiled
@@ -173,11 +167,14 @@ def collect(
         s = rows[r]
         bits,gone = _at(stretches, s, keys)
         n,top = starts[s],0
-        for i in _places(near[s], len(bits)):
-            key = bits[i] & _magnitude(keys)
-            keys[n] = key
-            top = max(top, key)
-            n += 1
+        for j in _words(bits):
+            word = near[s, j]
+            while word:
+                i,word = _first(word, j)
+                key = bits[i] & _magnitude(keys)
+                keys[n] = key
+                top = max(top, key)
+                n += 1
         tops[s] = top
 
 # %% ../nbs/03_loops.ipynb #b25f4bdc
@@ -194,7 +191,11 @@ def equals(
         s = rows[r]
         bits,gone = _at(stretches, s, lasts)
         n = 0
-        for i in _places(near[s], len(bits)): n += bits[i] & _magnitude(lasts) == lasts[s]
+        for j in _words(bits):
+            word = near[s, j]
+            while word:
+                i,word = _first(word, j)
+                n += bits[i] & _magnitude(lasts) == lasts[s]
         equal[s] = n
 
 # %% ../nbs/03_loops.ipynb #1e72dbee
@@ -210,10 +211,13 @@ def let_go(
     for r in prange(len(rows)):
         s = rows[r]
         (bits,gone),last,left = _at(stretches, s, lasts),lasts[s],lefts[s]
-        for i in _places(near[s], len(bits)):
-            key = bits[i] & _magnitude(lasts)
-            equal = key==last
-            goes = (key < last) | (equal & (left > 0))
-            left -= equal
-            bits[i] = 0 if goes else bits[i]
-            gone[i] = goes
+        for j in _words(bits):
+            word = near[s, j]
+            while word:
+                i,word = _first(word, j)
+                key = bits[i] & _magnitude(lasts)
+                equal = key==last
+                goes = (key < last) | (equal & (left > 0))
+                left -= equal
+                bits[i] = 0 if goes else bits[i]
+                gone[i] = goes
