@@ -135,17 +135,21 @@ def bench_selection(
     sizes:list, # Numbers of weights
     device, # Where to measure
     rounds:int # Times each
-)->pd.DataFrame: # A row for each size: weights; milliseconds to select, to sweep, and to read once; and the first two as multiples of the last
+)->pd.DataFrame: # A row for each size: weights; milliseconds to select, to sweep where that can be, and to read once; and the first two as multiples of the last
     "Medians of the time in which a thousandth more of a pool goes, of which half was gone at first"
     rows = []
     for n in progress_bar(sizes):
         x = torch.rand(n, device=device)
         gone,copy = x < .5,torch.empty_like(x)
         k,w,out = itertools.count(int(gone.sum()) + n//1000, n//1000),x.clone(),gone.clone()
-        def _sweep(): sweep_([([w], [out], n//1000)])[-1]()
-        measured = lambda: select_([x], [gone], next(k)),_sweep,lambda: copy.copy_(x)
-        rows.append((n, *(median_ms(f, rounds, device) for f in measured)))
-    df = pd.DataFrame(rows, columns=['weights', 'select_ms', 'sweep_ms', 'read_ms']).assign(read_ms=lambda df: df.read_ms/2)
+        def _select(): select_([x], [gone], next(k))
+        def _sweep():
+            swept,_,go = sweep_([([w], [out], n//1000)])
+            go()
+            return swept[0]
+        select,copied = (median_ms(f, rounds, device) for f in (_select, lambda: copy.copy_(x)))
+        rows.append((n, select, median_ms(_sweep, rounds, device) if _sweep() else np.nan, copied/2))
+    df = pd.DataFrame(rows, columns=['weights', 'select_ms', 'sweep_ms', 'read_ms'])
     return df.assign(select_ratio=df.select_ms/df.read_ms, sweep_ratio=df.sweep_ms/df.read_ms)
 
 # %% ../nbs/15_bench.ipynb #332dba11

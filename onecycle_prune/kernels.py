@@ -201,9 +201,9 @@ class Sweep:
         for w in self.weights: w[:0].zero_() # autograd does not see what kernels change, and this tells it
 
 # %% ../nbs/03_kernels.ipynb #51de9af9
-def _as_sorted(device):
+def _as_sorted(device, dtype):
     "Whether a sweep lets go what a sort does"
-    def _made(*shape): return (torch.arange(np.prod(shape), device=device)*7919 % 1009 - 500.).view(shape)
+    def _made(*shape): return (torch.arange(np.prod(shape), device=device)*7919 % 1009 - 500).to(dtype).view(shape)
     ws = [_made(90, 50),_made(8, 30, 5, 5).to(memory_format=torch.channels_last)]
     gone = [(w % 3)==0 for w in ws]
     expected,n = [g.flatten().clone() for g in gone],sum(int(g.sum()) for g in gone)
@@ -218,10 +218,11 @@ def _as_sorted(device):
 # %% ../nbs/03_kernels.ipynb #17d1cd93
 @cache
 def trusted(
-    device:torch.device # A GPU
+    device:torch.device, # A GPU
+    dtype:torch.dtype # A floating-point type
 )->bool: # Whether they do
-    "Whether the kernels do on `device` what a sort does; warns if they do not, or cannot be compiled"
-    try: ok,why = _as_sorted(device),'they do not agree with a sort'
+    "Whether the kernels do on `device`, for weights of type `dtype`, what a sort does; warns if they do not, or cannot be compiled"
+    try: ok,why = _as_sorted(device, dtype),'they do not agree with a sort'
     except Exception as e: ok,why = False,f'{type(e).__name__}: {e}'
-    if not ok: warn(f"The kernels of a sweep are not used on {device}, and a sort does their work: {why}")
+    if not ok: warn(f"The kernels of a sweep are not used on {device} for {dtype}, and a sort does their work: {why}")
     return ok

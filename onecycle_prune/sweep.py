@@ -137,12 +137,12 @@ def _lie_alike(w, g):
     return dense and _steps(w)==_steps(g)
 
 @cache
-def _sweep_of(device):
-    "The class of sweeps on a device, None where there is none"
+def _sweep_of(device, dtype):
+    "The class of sweeps over weights of a type on a device, None where there is none"
     if device.type=='cpu': return loops and _Sweep
     try: from onecycle_prune import kernels
     except ImportError: return None
-    return kernels.Sweep if device.type=='cuda' and kernels.trusted(device) else None
+    return kernels.Sweep if device.type=='cuda' and kernels.trusted(device, dtype) else None
 
 # %% ../nbs/03_sweep.ipynb #b41124ce
 def sweep_(
@@ -152,7 +152,7 @@ def sweep_(
     P,like = len(pools),pools[0][0][0] if pools else None
     def _plain(w, g): return w.device==like.device and w.dtype==like.dtype and 0 < w.numel() < 2**31 and _lie_alike(w, g)
     def _ordinary(weights, gone, more): return more >= 0 and all(map(_plain, weights, gone))
-    make = _sweep_of(like.device) if pools else None
+    make = _sweep_of(like.device, like.dtype) if pools else None
     taken = [p for p,o in enumerate(pools) if make and _ordinary(*o)]
     if not taken: return [False]*P,torch.ones(P, dtype=torch.bool),lambda: None
     sweep = make([pools[p] for p in taken])

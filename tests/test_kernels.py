@@ -16,7 +16,7 @@ dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def by_kernels(monkeypatch): monkeypatch.setattr(sweep, '_sweep_of', lambda device: kernels.Sweep)
+def by_kernels(monkeypatch): monkeypatch.setattr(sweep, '_sweep_of', lambda device, dtype: kernels.Sweep)
 
 
 def reference(weights, gone, k):
@@ -113,7 +113,7 @@ def test_sparsifier(context, monkeypatch):
             with torch.no_grad():
                 for p in net.parameters(): p += .1*torch.randn(p.shape, generator=g).to(device)
     ours = list(_train(tiny_net().to(device)))
-    monkeypatch.setattr(sweep, '_sweep_of', lambda device: None)
+    monkeypatch.setattr(sweep, '_sweep_of', lambda device, dtype: None)
     for a, b in zip(ours, _train(tiny_net().to(device)), strict=True): assert_same(a, b)
 
 
@@ -142,7 +142,7 @@ def test_autograd_is_told():
 def test_distrust(fault, why, monkeypatch):
     "Kernels that err or do not run are not used, and it is said"
     monkeypatch.setattr(kernels.Sweep, 'go', fault)
-    with pytest.warns(UserWarning, match=why): assert not kernels.trusted.__wrapped__(device)
+    with pytest.warns(UserWarning, match=why): assert not kernels.trusted.__wrapped__(device, torch.float32)
 
 
 compiling = """

@@ -169,7 +169,7 @@ def test_handed_back(monkeypatch):
     assert swept(([w[:0]], [gone[:0]], 0)) == [False]
     assert swept(([w.as_subclass(TensorBase)], [gone], 3)) == [False]
     assert swept() == []
-    monkeypatch.setattr(sweep, '_sweep_of', lambda device: None)  # without numba
+    monkeypatch.setattr(sweep, '_sweep_of', lambda device, dtype: None)  # without numba
     assert swept(([w], [gone], 3)) == [False]
 
 
