@@ -21,7 +21,7 @@ from .selection import sort_
 # %% ../nbs/03_kernels.ipynb #47d8b236
 stretch = tl.constexpr(2**12) # weights of a program
 bins = tl.constexpr(2**11) # values of a digit
-fields = tl.constexpr(10) # of a layer: addresses of weights and mask, and what `_cut` tells
+fields = tl.constexpr(10) # of a layer: addresses of weights and mask, then its pool, size, channels across, pixels along, positions before it, first stretch, stretches, and whether it has rivals
 
 @triton.jit
 def _stretch(stretches, layers, INT: tl.constexpr):
@@ -212,7 +212,7 @@ def _as_sorted(device, dtype):
         n += more
         sort_(scores, expected, n)
         Sweep([(ws, gone, more)]).go()
-        if not all(torch.equal(g.flatten(), e) for g,e in zip(gone, expected)): return False
+        if not all(torch.equal(g.flatten(), e) and torch.equal(w==0, g) for w,g,e in zip(ws, gone, expected)): return False
     return True
 
 # %% ../nbs/03_kernels.ipynb #17d1cd93
