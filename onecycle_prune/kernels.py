@@ -166,11 +166,11 @@ def _digits(n):
 class Sweep:
     "A sweep over `pools`, each a list of weights, a list of masks of what is gone, and how many more go; all on one device, of one precision, and lying alike"
     def __init__(self, pools):
-        self.weights,gone = [w for ws,*_ in pools for w in ws],[g for _,gs,_ in pools for g in gs]
+        self.weights,self.gone = [w for ws,*_ in pools for w in ws],[g for _,gs,_ in pools for g in gs] # held, since kernels know only addresses
         like = self.weights[0]
         self.on,self.int = like.device,getattr(tl, f'int{8*like.element_size()}')
         cut = _cut(tuple(tuple(map(_form, ws)) for ws,*_ in pools), self.on)
-        layers = np.column_stack(([w.data_ptr() for w in self.weights], [g.data_ptr() for g in gone], cut.layers))
+        layers = np.column_stack(([w.data_ptr() for w in self.weights], [g.data_ptr() for g in self.gone], cut.layers))
         sent = torch.from_numpy(np.concatenate((layers.ravel(), np.zeros(3*len(pools), int), [m for *_,m in pools]))).to(self.on, non_blocking=True)
         self.near = sent.new_empty(len(cut.stretches)*stretch.value//32, dtype=torch.int32)
         self.here,(self.lasts,self.places,self.strange,self.lefts) = (cut.stretches, sent, self.near),sent[layers.size:].view(4, -1)
