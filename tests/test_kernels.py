@@ -1,5 +1,5 @@
 "The sweep of a GPU against a stable sort: on a GPU if there is one, else by Triton's interpreter. And that its kernels compile for GPUs."
-import os, subprocess, sys
+import os, subprocess, sys, weakref
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -127,6 +127,20 @@ def test_sparsifier_tells():
         for s in (.2, .3):
             sp.prune(s)
             if device.type == 'cuda': torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize('make', [kernels.Sweep, sweep._Sweep], ids=['kernels', 'loops'])
+def test_held(make, monkeypatch):
+    "What is known by its address alone is not freed before the sweep is done"
+    if make is sweep._Sweep and (device.type != 'cpu' or not sweep.loops): pytest.skip('the loops are for a CPU with numba')
+    monkeypatch.setattr(sweep, '_sweep_of', lambda device, dtype: make)
+    tensors = torch.ones(4, device=device), torch.zeros(4, dtype=torch.bool, device=device)
+    held = [weakref.ref(t) for t in tensors]
+    *_, go = sweep_([([tensors[0]], [tensors[1]], 3)])
+    del tensors
+    assert all(r() is not None for r in held)
+    go()
+    assert held[1]().tolist() == [True, True, True, False]
 
 
 def test_autograd_is_told():
