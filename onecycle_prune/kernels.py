@@ -164,8 +164,10 @@ def _digits(n):
 
 # %% ../nbs/03_kernels.ipynb #d14db73d
 class Sweep:
-    "A sweep over `pools`, each a list of weights, a list of masks of what is gone, and how many more go; all on one device, of one precision, and lying alike"
-    def __init__(self, pools):
+    "A sweep over pools on one device, as `sweep_` makes it: found when it is built, and done by `go`"
+    def __init__(self,
+        pools:list # For each, its weights, of any shape; which of them are gone, bool, that lie alike; and how many more go: all on one device and of one floating-point type
+    ):
         self.weights,self.gone = [w for ws,*_ in pools for w in ws],[g for _,gs,_ in pools for g in gs] # held, since kernels know only addresses
         like = self.weights[0]
         self.on,self.int = like.device,getattr(tl, f'int{8*like.element_size()}')
@@ -196,7 +198,7 @@ class Sweep:
             _narrow[(n_pools,)](tallies, self.places, self.lefts, shift)
 
     def go(self):
-        "Let go what goes"
+        "Let go what goes, once"
         with torch.cuda.device_of(self.near): self.run(_let_go, self.lasts, self.places, self.lefts)
         for w in self.weights: w[:0].zero_() # autograd does not see what kernels change, and this tells it
 
