@@ -83,20 +83,20 @@ def _mark(stretches, layers, near, tops, tallies, shift, INT: tl.constexpr):
     tl.store(at, top.to(tl.int64))
     tl.store(at+1, tl.max(tl.where(key==top, _position(layer, i), -1)).to(tl.int64))
 
-@triton.jit(do_not_specialize=['shift', 'inf'])
-def _keep(layers, tops, bests, tallies, strange, lefts, shift, inf):
-    "Take the best of a layer that has rivals out of the tally, note its index, -1 for none, and whether it is not finite in a pool that loses any"
+@triton.jit(do_not_specialize=['shift'])
+def _keep(layers, tops, bests, tallies, highest, lefts, shift):
+    "Take the best of a layer that has rivals out of the tally, note its index, -1 for none, and the highest magnitude of a pool that loses any"
     layer = layers + fields*tl.program_id(0)
     first,n = tl.load(layer+7),tl.load(layer+8)
     top,last = tl.full((), -1, tl.int64),tl.full((), -1, tl.int64)
     for j in range(0, n, 1024):
         i = j + tl.arange(0, 1024)
         here,at = tl.load(tops + 2*(first+i), mask=i < n, other=-1),tl.load(tops + 2*(first+i) + 1, mask=i < n, other=-1)
-        highest = tl.max(here)
-        furthest = tl.max(tl.where(here==highest, at, -1))
-        last = tl.where(highest > top, furthest, tl.where(highest==top, tl.maximum(furthest, last), last))
-        top = tl.maximum(highest, top)
-    tl.atomic_max(strange + _pool(layer), ((top >= inf) & (tl.load(lefts + _pool(layer)) > 0)).to(tl.int64))
+        best = tl.max(here)
+        furthest = tl.max(tl.where(here==best, at, -1))
+        last = tl.where(best > top, furthest, tl.where(best==top, tl.maximum(furthest, last), last))
+        top = tl.maximum(best, top)
+    tl.atomic_max(highest + _pool(layer), top, mask=tl.load(lefts + _pool(layer)) > 0)
     kept = (tl.load(layer+9) != 0) & (top >= 0)
     tl.store(bests + tl.program_id(0), tl.where(kept, _swapped(last, tl.load(layer+5), tl.load(layer+4)), -1))
     tl.atomic_add(tallies + _pool(layer)*bins + (top >> shift & (bins-1)), -1, mask=kept)
@@ -175,21 +175,20 @@ class Sweep:
         layers = np.column_stack(([w.data_ptr() for w in self.weights], [g.data_ptr() for g in self.gone], cut.layers))
         sent = torch.from_numpy(np.concatenate((layers.ravel(), np.zeros(3*len(pools), int), [m for *_,m in pools]))).to(self.on, non_blocking=True)
         self.near = sent.new_empty(len(cut.stretches)*stretch.value//32, dtype=torch.int32)
-        self.here,(self.lasts,self.places,self.strange,self.lefts) = (cut.stretches, sent, self.near),sent[layers.size:].view(4, -1)
-        with torch.cuda.device_of(like): self.find(len(layers), len(pools), cut.largest, like)
-        self.finite,self.given_up = self.strange==0,np.zeros(len(pools), bool)
+        self.here,(self.lasts,self.places,self.highest,self.lefts) = (cut.stretches, sent, self.near),sent[layers.size:].view(4, -1)
+        with torch.cuda.device_of(like): self.find(len(layers), len(pools), cut.largest)
+        self.finite = self.highest.to(getattr(torch, self.int.name)).view(like.dtype).isfinite() # told by the device, when it is done
+        self.given_up = np.zeros(len(pools), bool)
 
     def run(self, kernel, *args): kernel[(len(self.here[0]),)](*self.here, *args, self.int, num_warps=8)
 
-    def find(self, n_layers, n_pools, largest, like):
+    def find(self, n_layers, n_pools, largest):
         "Zero what is gone, and find of each pool the last that goes"
         tops,bests,tallies = (self.lasts.new_zeros(n) for n in (2*len(self.here[0]), n_layers, n_pools*bins.value))
-        width = 8*like.element_size()
-        inf = torch.tensor(torch.inf, dtype=like.dtype).view(getattr(torch, f'int{width}')).item()
-        (highest,_),*others = _digits(width-1)
-        self.run(_mark, tops, tallies, highest)
-        _keep[(n_layers,)](self.here[1], tops, bests, tallies, self.strange, self.lefts, highest, inf)
-        _narrow[(n_pools,)](tallies, self.lasts, self.lefts, highest)
+        (first,_),*others = _digits(self.int.primitive_bitwidth - 1)
+        self.run(_mark, tops, tallies, first)
+        _keep[(n_layers,)](self.here[1], tops, bests, tallies, self.highest, self.lefts, first)
+        _narrow[(n_pools,)](tallies, self.lasts, self.lefts, first)
         for shift,above in others:
             self.run(_mark_again, bests, self.lasts, tallies, shift, above)
             _narrow[(n_pools,)](tallies, self.lasts, self.lefts, shift)
@@ -200,7 +199,6 @@ class Sweep:
     def go(self):
         "Let go what goes, once"
         with torch.cuda.device_of(self.near): self.run(_let_go, self.lasts, self.places, self.lefts)
-        for w in self.weights: w[:0].zero_() # autograd does not see what kernels change, and this tells it
 
 # %% ../nbs/03_kernels.ipynb #51de9af9
 def _as_sorted(device, dtype):

@@ -67,7 +67,7 @@ def _at(stretches, s, like):
 def _magnitude(like): return np.iinfo(like.dtype).max # all bits but the sign
 
 # %% ../nbs/03_loops.ipynb #8080eefa
-stretch = 2**16 # weights at most, so that 16 bits say where one is
+stretch = 2**16 # weights at most
 every,run = 2**12,16 # of so many weights, so many neighbours are sampled
 
 # %% ../nbs/03_loops.ipynb #78adfe4e

@@ -222,6 +222,7 @@ def _last_heard(self:Sparsifier, key, finite):
 
 @patch
 def _refuse_infinite(self:Sparsifier, name, x):
+    "Look at each of `x`, and raise where one is not finite"
     if not x.isfinite().all():
         raise ValueError(f"Scores of layer '{name}' are NaN or infinite, and cannot be ranked: has the training diverged?")
 

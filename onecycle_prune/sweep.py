@@ -124,7 +124,6 @@ class _Sweep:
     def go(self):
         "Let go what goes"
         loops.let_go(self.rows(self.going), self.stretches, self.near, self.lasts[self.cut.pool], self.lefts)
-        for w in self.weights: _touch(w)
 
 # %% ../nbs/03_sweep.ipynb #af8588cb
 def _steps(t): return [step for step,n in zip(t.stride(), t.shape) if n > 1]
@@ -158,4 +157,7 @@ def sweep_(
     sweep = make([pools[p] for p in taken])
     finite = sweep.finite.new_ones(P).index_copy(0, torch.tensor(taken).to(like.device, non_blocking=True), sweep.finite)
     swept = {p for p,up in zip(taken, sweep.given_up) if not up}
-    return [p in swept for p in range(P)],finite,sweep.go
+    def _go():
+        sweep.go()
+        for w in sweep.weights: _touch(w)
+    return [p in swept for p in range(P)],finite,_go

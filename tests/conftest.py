@@ -1,4 +1,4 @@
-"A tiny learner that is the same each time it is made, and what several test files read off its model."
+"A tiny learner that is the same each time it is made, what several test files read off its model, and pools of weights with what goes of them."
 import os
 from functools import partial
 
@@ -8,6 +8,7 @@ if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'  # a GPU'
 
 from fastai.basics import Categorize, DataLoader, DataLoaders, Datasets, Learner, SGD, noop
 from fastai.callback.progress import ProgressCallback
+from hypothesis import strategies as st
 from onecycle_prune.callback import SparsifyCallback
 from torch import nn
 
@@ -70,6 +71,28 @@ assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True
 def n_zeros(model):
     "The number of zero weights of each convolution and linear layer, by name"
     return {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+
+dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@st.composite
+def drawn_pool(draw, dtype=st.sampled_from(dtypes)):
+    "The weights of a pool of flat layers, among them equals, zeros and subnormals, and what is gone of each"
+    dtype, values = draw(dtype), draw(st.sampled_from([
+        st.floats(-1e4, 1e4, width=16), st.sampled_from([-1., -0., 0., .5, 2.]), st.just(-.25), st.sampled_from([i*2.**-24 for i in range(-4, 5)])]))
+    def layer(n): return torch.tensor(draw(st.lists(values, min_size=n, max_size=n)), dtype=dtype), torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    return list(map(list, zip(*[layer(draw(st.integers(1, 20))) for _ in range(draw(st.integers(1, 4)))])))
+
+
+def by_sort(weights, gone, k, keep=False):
+    "Masks of a pool by a stable sort: what is gone first, then the lowest magnitudes, but with `keep` the best of each layer never"
+    keys = [w.abs().double().masked_fill(g, -1).flatten() for w, g in zip(weights, gone)]
+    for x in keys if keep else []: x[len(x)-1 - x.flip(0).argmax()] = torch.inf
+    keys = torch.cat(keys)
+    res = torch.zeros_like(keys, dtype=torch.bool)
+    res[keys.argsort(stable=True)[:k]] = True
+    return [r.view(g.shape) for r, g in zip(res.split([g.numel() for g in gone]), gone)]
 
 
 def pytest_addoption(parser): parser.addoption('--peer', action='store_true', help="hold the situations of test_reliability.py against fasterai's callback")

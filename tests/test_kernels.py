@@ -3,35 +3,25 @@ import os, subprocess, sys, weakref
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from onecycle_prune import sparsifier, sweep
+from onecycle_prune import sweep
 from onecycle_prune.sparsifier import Sparsifier
 from onecycle_prune.sweep import sweep_
 from torch import nn
 
-from conftest import assert_same, bits, tiny_net
+from conftest import assert_same, bits, by_sort, drawn_pool, dtypes, tiny_net
 
 kernels = pytest.importorskip('onecycle_prune.kernels')
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
 def by_kernels(monkeypatch): monkeypatch.setattr(sweep, '_sweep_of', lambda device, dtype: kernels.Sweep)
 
 
-def reference(weights, gone, k):
-    "Masks of the pool by a stable sort: what is gone first, then the lowest magnitudes, but the best of each of several layers never"
-    keys = [w.abs().double().masked_fill(g, -1).flatten() for w, g in zip(weights, gone)]
-    for x in keys if len(keys) > 1 else []: x[len(x)-1 - x.flip(0).argmax()] = torch.inf
-    res = torch.zeros(sum(map(len, keys)), dtype=torch.bool, device=device)
-    res[torch.cat(keys).argsort(stable=True)[:k]] = True
-    return [r.view(g.shape) for r, g in zip(res.split([g.numel() for g in gone]), gone)]
-
-
 def check(pools):
     "The masks and the weights of the pools, each (weights, gone, how many more go)"
     pools = [([w.to(device) for w in ws], [g.to(device) for g in gone], more) for ws, gone, more in pools]
-    expected = [reference(ws, gone, sum(int(g.sum()) for g in gone) + more) for ws, gone, more in pools]
+    expected = [by_sort(ws, gone, sum(int(g.sum()) for g in gone) + more, keep=len(gone) > 1) for ws, gone, more in pools]
     w0 = [[w.clone() for w in ws] for ws, *_ in pools]
     swept, finite, go = sweep_(pools)
     assert all(swept) and finite.all()
@@ -46,15 +36,10 @@ def alive(weights, gone): return sum(int((~g).sum()) for g in gone) - (len(gone)
 
 @st.composite
 def pools(draw):
-    dtype, values = draw(st.sampled_from(dtypes)), draw(st.sampled_from([
-        st.floats(-1e4, 1e4, width=16), st.sampled_from([-1., -0., 0., .5, 2.]), st.just(-.25), st.sampled_from([i*2.**-24 for i in range(-4, 5)])]))
-    def layer():
-        n = draw(st.integers(1, 20))
-        gone = torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
-        gone[draw(st.integers(0, n-1))] = False
-        return torch.tensor(draw(st.lists(values, min_size=n, max_size=n)), dtype=dtype), gone
+    dtype = st.just(draw(st.sampled_from(dtypes)))
     def pool():
-        weights, gone = map(list, zip(*[layer() for _ in range(draw(st.integers(1, 3)))]))
+        weights, gone = draw(drawn_pool(dtype))
+        for g in gone: g[draw(st.integers(0, len(g)-1))] = False
         return weights, gone, draw(st.integers(0, alive(weights, gone)))
     return [pool() for _ in range(draw(st.integers(1, 3)))]
 
@@ -83,6 +68,18 @@ def test_volumes():
     torch.manual_seed(0)
     w = torch.randn(4, 3, 2, 3, 2).round().to(memory_format=torch.channels_last_3d)
     for n in (1, 70): check([([w.clone()], [torch.zeros_like(w, dtype=torch.bool)], n)])
+
+
+@pytest.mark.parametrize('last', [1499, 1000, 0])
+def test_keep(last):
+    "Of equals a layer keeps the last, however many stretches it has: here 1500, of 4096 weights each"
+    n = torch.arange(1500, device=device)
+    tops = torch.stack([torch.where(n <= last, 7, 6), n*4096], 1)
+    bests, highest, lefts, tallies = (torch.zeros(k, dtype=torch.int64, device=device) for k in (1, 1, 1, 2048))
+    layer = torch.tensor([0, 0, 0, 1500*4096, 1, 1, 0, 0, 1500, 1], device=device)  # as the table of layers has it
+    kernels._keep[(1,)](layer, tops, bests, tallies, highest, lefts + 1, 0)
+    assert (bests.item(), highest.item()) == (last*4096, 7)
+    assert tallies.nonzero().tolist() == [[7]] and tallies[7] == -1
 
 
 @pytest.mark.parametrize('odd', [torch.nan, torch.inf, -torch.inf])
@@ -164,7 +161,7 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from onecycle_prune import kernels
-types = dict(near='*i32', shift='i32', above='i32', inf='i64', INT='constexpr') # all others are addresses of int64
+types = dict(near='*i32', shift='i32', above='i32', INT='constexpr') # all others are addresses of int64
 for f in (kernels._mark, kernels._keep, kernels._narrow, kernels._mark_again, kernels._tally_positions, kernels._let_go):
     for INT in (tl.int16, tl.int32, tl.int64) if 'INT' in f.arg_names else (None,):
         source = ASTSource(f, signature={n: types.get(n, '*i64') for n in f.arg_names}, constexprs={'INT': INT} if INT else {})

@@ -9,11 +9,10 @@ from onecycle_prune.sparsifier import Sparsifier
 from onecycle_prune.sweep import sweep_, zero_
 from torch import nn
 
-from conftest import assert_same, bits, tiny_net
+from conftest import assert_same, bits, by_sort, drawn_pool, dtypes, tiny_net
 
 loops = pytest.importorskip('onecycle_prune.loops')
 quick = settings(max_examples=100, deadline=None)
-dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(params=['one thread', 'several'])
@@ -25,17 +24,9 @@ def threads(request, monkeypatch):
     else: monkeypatch.setattr(loops, '_n_threads', lambda: 1)
 
 
-def reference(weights, gone, k):
-    "Masks of the pool by a stable sort: what is gone first, then the lowest magnitudes"
-    keys = torch.cat([w.abs().double().masked_fill(g, -1).flatten() for w, g in zip(weights, gone)])
-    res = torch.zeros(len(keys), dtype=torch.bool)
-    res[keys.argsort(stable=True)[:k]] = True
-    return [r.view_as(g) for r, g in zip(res.split([g.numel() for g in gone]), gone)]
-
-
 def check(pools):
     "The masks and the weights of the pools that are swept, each (weights, gone, k); which are"
-    expected, w0 = [reference(*p) for p in pools], [[w.clone() for w in ws] for ws, *_ in pools]
+    expected, w0 = [by_sort(*p) for p in pools], [[w.clone() for w in ws] for ws, *_ in pools]
     swept, _, go = sweep_([(ws, gone, k - sum(int(g.sum()) for g in gone)) for ws, gone, k in pools])
     before = [[g.clone() for g in gone] for _, gone, _ in pools]
     go()
@@ -45,18 +36,10 @@ def check(pools):
     return swept
 
 
-@st.composite
-def pools(draw):
-    dtype, values = draw(st.sampled_from(dtypes)), draw(st.sampled_from([
-        st.floats(-1e4, 1e4, width=16), st.sampled_from([-1., -0., 0., .5, 2.]), st.just(-.25), st.sampled_from([i*2.**-24 for i in range(-4, 5)])]))
-    def layer(n): return torch.tensor(draw(st.lists(values, min_size=n, max_size=n)), dtype=dtype), torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
-    return list(map(list, zip(*[layer(draw(st.integers(1, 20))) for _ in range(draw(st.integers(1, 4)))])))
-
-
 def out_of_the_ordinary(weights, gone, k):
     "Whether weights return or a layer dies, as far as equals let it be seen"
     if k < sum(int(g.sum()) for g in gone): return True
-    last = max((w.abs()[r & ~g].max() for w, g, r in zip(weights, gone, reference(weights, gone, k)) if (r & ~g).any()), default=None)
+    last = max((w.abs()[r & ~g].max() for w, g, r in zip(weights, gone, by_sort(weights, gone, k)) if (r & ~g).any()), default=None)
     return len(gone) > 1 and last is not None and any((g | (w.abs() <= last)).all() and not g.all() for w, g in zip(weights, gone))
 
 
@@ -64,7 +47,7 @@ def out_of_the_ordinary(weights, gone, k):
 def test_sweep():
     "Every k of one pool, beside others, and only what is out of the ordinary is handed back"
     @quick
-    @given(st.lists(pools(), min_size=1, max_size=3), st.data())
+    @given(st.lists(drawn_pool(), min_size=1, max_size=3), st.data())
     def holds(many, data):
         (weights, gone), *others = [o for o in many if o[0][0].dtype == many[0][0][0].dtype]
         others = [(*o, data.draw(st.integers(0, sum(map(len, o[1]))))) for o in others]

@@ -101,7 +101,6 @@ def test_exact_schedules(new_learner, schedule, opt_func, context):
     assert_counts(seen[-1:], [.9], context)
 
 
-
 @pytest.mark.parametrize('granularity,default,other', [('weight', 'global', 'local'), ('kernel', 'local', 'global')])
 def test_default_context(granularity, default, other):
     "All single weights compete, larger groups layer by layer"
