@@ -1,19 +1,19 @@
 """Modules:
 
-- `onecycle_prune.bench`: What pruning costs: the time it adds to a step, beside a dense step and the peer's
 - `onecycle_prune.callback`: When fastai calls: pruning in the batches of a training
-- `onecycle_prune.compare`: The paper's experiment: one grid of trainings, that can be stopped and continued
+- `onecycle_prune.checkpoint`: What a checkpoint does not hold
 - `onecycle_prune.criteria`: How much a weight matters
-- `onecycle_prune.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
+- `onecycle_prune.experiments.bench`: What pruning costs: the time it adds to a step, beside a dense step and the peer's
+- `onecycle_prune.experiments.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
+- `onecycle_prune.experiments.grid`: The paper's experiment: one grid of trainings, that can be stopped and continued
 - `onecycle_prune.granularity`: What goes together: single weights, or groups of them
-- `onecycle_prune.kernels`: The sweep of a GPU: kernels that Triton compiles
 - `onecycle_prune.layers`: Which modules are pruned, and what falls silent with them
-- `onecycle_prune.loops`: The loops over the weights that numba compiles, for one thread or several
 - `onecycle_prune.report`: What came out: tables and plots
-- `onecycle_prune.resume`: What a checkpoint does not hold
 - `onecycle_prune.schedule`: When: how far pruning has come, at each position of the training
-- `onecycle_prune.selection`: Which go: exactly k of a pool, ties included
-- `onecycle_prune.sparsifier`: When, what and which, on one model
-- `onecycle_prune.sweep`: One pass over the weights: zero what is gone, and let go what goes"""
+- `onecycle_prune.select.numba_backend`: One pass over the weights: zero what is gone, and let go what goes
+- `onecycle_prune.select.numba_kernels`: The loops over the weights that numba compiles, for one thread or several
+- `onecycle_prune.select.numpy_backend`: Which go: exactly k of a pool, ties included
+- `onecycle_prune.select.triton_backend`: The sweep of a GPU: kernels that Triton compiles
+- `onecycle_prune.sparsifier`: When, what and which, on one model"""
 
 __version__ = "0.1.0"

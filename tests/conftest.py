@@ -78,21 +78,21 @@ dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 @st.composite
 def drawn_pool(draw, dtype=st.sampled_from(dtypes)):
-    "The weights of a pool of flat layers, among them equals, zeros and subnormals, and what is gone of each"
+    "The weights of a pool of flat layers, among them equals, zeros and subnormals, and what is pruned of each"
     dtype, values = draw(dtype), draw(st.sampled_from([
         st.floats(-1e4, 1e4, width=16), st.sampled_from([-1., -0., 0., .5, 2.]), st.just(-.25), st.sampled_from([i*2.**-24 for i in range(-4, 5)])]))
     def layer(n): return torch.tensor(draw(st.lists(values, min_size=n, max_size=n)), dtype=dtype), torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     return list(map(list, zip(*[layer(draw(st.integers(1, 20))) for _ in range(draw(st.integers(1, 4)))])))
 
 
-def by_sort(weights, gone, k, keep=False):
-    "Masks of a pool by a stable sort: what is gone first, then the lowest magnitudes, but with `keep` the best of each layer never"
-    keys = [w.abs().double().masked_fill(g, -1).flatten() for w, g in zip(weights, gone)]
+def by_sort(weights, pruned, k, keep=False):
+    "Masks of a pool by a stable sort: what is pruned first, then the lowest magnitudes, but with `keep` the best of each layer never"
+    keys = [w.abs().double().masked_fill(g, -1).flatten() for w, g in zip(weights, pruned)]
     for x in keys if keep else []: x[len(x)-1 - x.flip(0).argmax()] = torch.inf
     keys = torch.cat(keys)
     res = torch.zeros_like(keys, dtype=torch.bool)
     res[keys.argsort(stable=True)[:k]] = True
-    return [r.view(g.shape) for r, g in zip(res.split([g.numel() for g in gone]), gone)]
+    return [r.view(g.shape) for r, g in zip(res.split([g.numel() for g in pruned]), pruned)]
 
 
 def pytest_addoption(parser): parser.addoption('--peer', action='store_true', help="hold the situations of test_reliability.py against fasterai's callback")

@@ -76,7 +76,7 @@ cases = [pytest.param(m, n, id=f'{name}-{n}') for name, m in layers.items() for 
 
 
 @pytest.mark.parametrize('m', layers.values(), ids=layers)
-def test_has(m): assert [n for n in granularities if Granularity(n).has(m)] == [n for n in granularities if n in can_have(m)]
+def test_has(m): assert [n for n in granularities if Granularity(n).supports(m)] == [n for n in granularities if n in can_have(m)]
 
 
 def test_all_named(): assert set(granularities) == set(together)
@@ -87,13 +87,13 @@ def test_groups(m, name):
     "Pooled scores are the means of the groups, and a mask of one group reaches its weights and no other"
     gran, found = Granularity(name), groups(m, words_of(m)[name])
     scores = torch.rand(m.weight.shape, dtype=torch.float64)
-    pooled = gran.pool(scores, m)
+    pooled = gran.reduce(scores, m)
     assert pooled.numel() == len(found)
     left = {tuple(g) for g in map(tuple, found)}
     for at in range(len(found)):
         mask = torch.zeros(pooled.shape, dtype=torch.bool)
         mask.view(-1)[at] = True
-        spread = gran.spread(mask, m)
+        spread = gran.expand(mask, m)
         assert spread.shape == m.weight.shape
         group = tuple(i for i in indices(m) if spread[i])
         left.remove(group)  # each exactly once
@@ -106,7 +106,7 @@ def test_filter_order(m):
     "Filters come in the order of the output channels, as biases do"
     scores = torch.zeros(m.weight.shape)
     for i in indices(m): scores[i] = coords(m, i)['out']
-    assert Granularity('filter').pool(scores, m).flatten().tolist() == list(range(m.out_channels))
+    assert Granularity('filter').reduce(scores, m).flatten().tolist() == list(range(m.out_channels))
 
 
 @pytest.mark.parametrize('m,name', cases)
@@ -121,8 +121,8 @@ def test_zeros(m, name):
     with torch.no_grad(): m.weight.copy_(w)
     zero = {i for g in empty[1:] if g is not found[-1] for i in g}
     res = gran.zeros(m)
-    assert res.dtype == torch.bool and res.shape == gran.pool(m.weight.detach(), m).shape
-    assert {i for i in indices(m) if gran.spread(res, m)[i]} == zero
+    assert res.dtype == torch.bool and res.shape == gran.reduce(m.weight.detach(), m).shape
+    assert {i for i in indices(m) if gran.expand(res, m)[i]} == zero
 
 
 def test_negative_zero(): assert Granularity('weight').zeros(fill(nn.Linear(2, 1), [-0., 1.])).flatten().tolist() == [True, False]
@@ -134,7 +134,7 @@ def test_half(dtype):
     m = nn.Conv2d(1024, 1, 1)
     scores = torch.full(m.weight.shape, 1000., dtype=dtype)
     scores[0, 0] = 1504  # exact in bfloat16 too
-    assert Granularity('filter').pool(scores, m).item() == 1000 + 504/1024
+    assert Granularity('filter').reduce(scores, m).item() == 1000 + 504/1024
 
 
 @pytest.mark.parametrize('name', ['weight', 'kernel', 'filter', 'shared_row'])
@@ -174,7 +174,7 @@ def zeroed(layer): return {i for i in indices(layer) if layer.weight[i] == 0}
 
 @pytest.mark.parametrize('name,n,m', nm_cases)
 def test_nm(name, n, m):
-    "Exactly n of every m stay, and those are the largest; on the way as many are gone as asked, the lowest of those that go"
+    "Exactly n of every m stay, and those are the largest; on the way as many are pruned as asked, the lowest of those that go"
     layer = nm_layers[name]()
     w, leaving = layer.weight.detach().abs().clone(), lowest_of_runs(layer, n, m)
     total, order = w.numel(), sorted(leaving, key=lambda i: (w[i].item(), i))
@@ -200,9 +200,9 @@ def test_nm_moving():
     sp = Sparsifier(layer, '2:4')
     for step in range(1, 11):
         with torch.no_grad(): layer.weight.add_(torch.randn_like(layer.weight))
-        gone = zeroed(layer)
+        pruned = zeroed(layer)
         sp.prune(.05*step)
-        assert gone <= zeroed(layer) and len(zeroed(layer)) == round(.05*step*288)
+        assert pruned <= zeroed(layer) and len(zeroed(layer)) == round(.05*step*288)
     assert all(sum(i in zeroed(layer) for i in run) == 2 for run in runs(layer, 4))
 
 

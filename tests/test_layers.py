@@ -10,7 +10,7 @@ from torchvision import models
 from conftest import assert_same, bits
 from helpers import channel
 from onecycle_prune.granularity import conv, get_granularity, linear
-from onecycle_prune.layers import bare, batchnorms_after, choose, match, prunable
+from onecycle_prune.layers import unwrap_model, batchnorms_after, choose, match, prunable
 from onecycle_prune.sparsifier import Sparsifier
 
 
@@ -141,7 +141,7 @@ def test_lazy():
 @pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile, lambda m: nn.DataParallel(torch.compile(m))], ids=['parallel', 'compiled', 'both'])
 def test_wrapped(wrap):
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    assert list(prunable(wrap(net))) == ['0', '1'] and bare(wrap(net)) is net
+    assert list(prunable(wrap(net))) == ['0', '1'] and unwrap_model(wrap(net)) is net
 
 
 computed = dict(
@@ -363,7 +363,7 @@ weak = [1, 2, 5]
 @pytest.mark.parametrize('after', behind.values(), ids=behind)
 @pytest.mark.parametrize('make', makers.values(), ids=makers)
 def test_silent(make, after):
-    "A filter that is gone gives nothing but zeros, whatever bias and batch norm had learned; the others speak"
+    "A filter that is pruned gives nothing but zeros, whatever bias and batch norm had learned; the others speak"
     m = make()
     bn = (nn.BatchNorm1d if isinstance(m, nn.Conv1d) else nn.BatchNorm2d)(6)
     net = nn.Sequential(m, *after(bn)).eval()
@@ -381,12 +381,12 @@ def test_stays_silent():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     sp = Sparsifier(net, 'filter')
     sp.prune(.5)
-    gone = [c for c in range(4) if not net[0].weight[c].any()]
+    pruned = [c for c in range(4) if not net[0].weight[c].any()]
     for again in (sp.apply, lambda: sp.prune(.5)):
         for p in net.parameters(): p.data.add_(1.)
         again()
         out = net.eval()(torch.randn(2, 3, 8, 8))
-        assert len(gone) == 2 and [c for c in range(4) if not out[:, c].any()] == gone
+        assert len(pruned) == 2 and [c for c in range(4) if not out[:, c].any()] == pruned
 
 
 @pytest.mark.parametrize('granularity', ['weight', 'kernel', 'shared_kernel'])

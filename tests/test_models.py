@@ -61,8 +61,8 @@ def assert_pruned(net, fresh, *xs, context='local'):
     zeros = {n: (int((w == 0).sum()), w.numel()) for n, w in weights(net).items()}
     if context == 'local': assert zeros == {n: (min(round(.9*k), k-1), k) for n, (_, k) in zeros.items()}
     else:
-        gone, total = map(sum, zip(*zeros.values()))
-        assert gone == round(.9*total) and all(z < k for z, k in zeros.values())
+        pruned, total = map(sum, zip(*zeros.values()))
+        assert pruned == round(.9*total) and all(z < k for z, k in zeros.values())
     fresh.load_state_dict(net.state_dict(), strict=True)
     with torch.no_grad(): assert_same(fresh.eval()(*xs), net.eval()(*xs))
 

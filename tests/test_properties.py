@@ -128,7 +128,7 @@ class Watch:
     "Holds each pruning against what was before it: `note` before, `check` after"
     def __init__(self, case):
         self.case, self.net, self.anatomy, self.place = case, case.net, anatomy(case.net), place(case.net)
-        self.gone, self.k = {n: torch.zeros_like(silent(m, case.granularity)) for n, m in self.chosen.items()}, {}
+        self.pruned, self.k = {n: torch.zeros_like(silent(m, case.granularity)) for n, m in self.chosen.items()}, {}
 
     @property
     def chosen(self): return {n: layers(self.net)[n] for n in self.case.names}
@@ -137,41 +137,41 @@ class Watch:
 
     def check(self, s, slack=0):
         "After a pruning to the fraction `s`, which may be a float's error beside that of the schedule"
-        gone = {n: silent(m, self.case.granularity) for n, m in self.chosen.items()}
-        for pool in [[n] for n in gone] if self.case.context == 'local' else [[*gone]]: self.check_pool(pool, gone, s, slack)
+        pruned = {n: silent(m, self.case.granularity) for n, m in self.chosen.items()}
+        for pool in [[n] for n in pruned] if self.case.context == 'local' else [[*pruned]]: self.check_pool(pool, pruned, s, slack)
         if self.case.granularity == '2:4':
-            for n, g in gone.items(): assert (g.movedim(-1 if g.dim() == 2 else 2, -1).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
-        assert_same(bits(self.net), self.expected(gone))
+            for n, g in pruned.items(): assert (g.movedim(-1 if g.dim() == 2 else 2, -1).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+        assert_same(bits(self.net), self.expected(pruned))
         assert anatomy(self.net) == self.anatomy and place(self.net) == self.place
-        self.gone = gone
+        self.pruned = pruned
 
-    def check_pool(self, pool, gone, s, slack):
-        n, k = sum(gone[o].numel() for o in pool), sum(int(gone[o].sum()) for o in pool)
+    def check_pool(self, pool, pruned, s, slack):
+        n, k = sum(pruned[o].numel() for o in pool), sum(int(pruned[o].sum()) for o in pool)
         assert k in {min(round(s*n + e), n-len(pool)) for e in (-slack, slack)}
-        assert not any(gone[o].all() for o in pool)
-        fewer, more = (self.gone, gone) if k >= self.k.get(pool[0], 0) else (gone, self.gone)
+        assert not any(pruned[o].all() for o in pool)
+        fewer, more = (self.pruned, pruned) if k >= self.k.get(pool[0], 0) else (pruned, self.pruned)
         assert not any((fewer[o] & ~more[o]).any() for o in pool)
         self.k[pool[0]] = k
-        if self.case.granularity != '2:4': self.check_lowest(pool, gone)
+        if self.case.granularity != '2:4': self.check_lowest(pool, pruned)
 
-    def check_lowest(self, pool, gone):
+    def check_lowest(self, pool, pruned):
         "What went is no larger than what stays of its layer, nor than what stays of others, but for the last of each"
         x = {o: scores(self.chosen[o], self.before[f'{o}.weight'], self.case.granularity) for o in pool}
-        went, stays = {o: x[o][gone[o] & ~self.gone[o]] for o in pool}, {o: x[o][~gone[o]] for o in pool}
+        went, stays = {o: x[o][pruned[o] & ~self.pruned[o]] for o in pool}, {o: x[o][~pruned[o]] for o in pool}
         bound = (1 + 1e-5) * min([s.min() for s in stays.values() if len(s) > 1], default=math.inf)
         for o in pool: assert not len(went[o]) or went[o].max() <= min(bound, (1 + 1e-5) * stays[o].min())
 
-    def expected(self, gone):
-        "What was before, zero where it is gone; with a filter, its bias and its batch norm"
+    def expected(self, pruned):
+        "What was before, zero where it is pruned; with a filter, its bias and its batch norm"
         res = {k: v.clone() for k, v in self.before.items()}
         for n, m in self.chosen.items():
-            canonical(m, res[f'{n}.weight']).masked_fill_(gone[n], 0)
+            canonical(m, res[f'{n}.weight']).masked_fill_(pruned[n], 0)
             if self.case.granularity != 'filter': continue
             silenced = [f'{n}.bias']
             if isinstance(bn := self.net[int(n)+1], nn.BatchNorm2d):
                 silenced += [f'{int(n)+1}.{o}' for o in (('weight', 'bias') if bn.affine else ('running_mean',))]
             for k in silenced:
-                if k in res: res[k].masked_fill_(gone[n].flatten(), 0)
+                if k in res: res[k].masked_fill_(pruned[n].flatten(), 0)
         return res
 
 
@@ -192,7 +192,7 @@ def shake_(net, gen, few):
 @many
 @given(cases(), curves, st.integers(0, 99), st.booleans())
 def test_loop(case, sparsities, seed, few):
-    "However the weights change between two prunings; `apply` zeroes what is gone and nothing else"
+    "However the weights change between two prunings; `apply` zeroes what is pruned and nothing else"
     gen, watch = torch.Generator().manual_seed(seed), Watch(case)
     shake_(case.net, gen, few)
     sp = Sparsifier(case.net, **case.kwargs())
@@ -201,12 +201,12 @@ def test_loop(case, sparsities, seed, few):
         watch.note()
         share = sp.prune(s := s*case.part())
         watch.check(s)
-        assert share == sum(int(g.sum()) for g in watch.gone.values()) / sum(g.numel() for g in watch.gone.values())
+        assert share == sum(int(g.sum()) for g in watch.pruned.values()) / sum(g.numel() for g in watch.pruned.values())
         assert_same(sp.masks, {n: m.weight != 0 for n, m in watch.chosen.items()})
         shake_(case.net, gen, few)
         watch.note()
         sp.apply()
-        assert_same(bits(case.net), watch.expected(watch.gone))
+        assert_same(bits(case.net), watch.expected(watch.pruned))
 
 
 @some
@@ -262,7 +262,7 @@ def test_training(fit):
         watching = Watching(watch, curve(schedule, target, n_batches*n_epochs))
         learn = fit(case.net, n_batches, n_epochs, [SparsifyCallback(target, schedule=schedule, **case.kwargs()), watching])
         assert not watching.left
-        assert_same(learn.recorder.sparsities[-1], sum(int(g.sum()) for g in watch.gone.values()) / sum(g.numel() for g in watch.gone.values()))
+        assert_same(learn.recorder.sparsities[-1], sum(int(g.sum()) for g in watch.pruned.values()) / sum(g.numel() for g in watch.pruned.values()))
     holds()
 
 

@@ -169,7 +169,7 @@ def test_model_refused(new_learner, make, message):
     (lambda m: m.weight.log(), r"layer '0' are NaN or infinite"),
 ], ids=['shape', 'none', 'nan'])
 def test_scores_refused(criterion, message):
-    "What a criterion gives is known when it is asked, and no weight has gone by then"
+    "What a criterion gives is known when it is asked, and no weight has pruned by then"
     net = tiny_net()
     before, sp = bits(net), Sparsifier(net, criteria=criterion)
     with pytest.raises(ValueError, match=message): sp.prune(.5)

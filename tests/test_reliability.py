@@ -275,7 +275,7 @@ class TestInterruptions:
     @pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'before_step', 'after_step', 'after_batch'])
     @pytest.mark.parametrize('ex', [KeyboardInterrupt, RuntimeError('broken'), CancelFitException], ids=['ctrl-c', 'error', 'cancel'])
     def test_broken_off(self, new_learner, prune, at_target, ex, event):
-        "Ctrl-C, an error in another callback or in the data, CancelFit: what was gone is gone, and the next fit works"
+        "Ctrl-C, an error in another callback or in the data, CancelFit: what was pruned is pruned, and the next fit works"
         learn, seen = new_learner(), []
         note = Callback(before_batch=lambda self: seen.append(zero_masks(self.model)))
         try: learn.fit(3, 1e-2, cbs=[prune(.9), note, Break(ex, event=event)])

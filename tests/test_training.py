@@ -79,8 +79,8 @@ def assert_counts(seen, sparsities, context='global'):
     for counts, s in zip(seen, sparsities):
         pools = [[c] for c in counts.values()] if context == 'local' else [list(counts.values())]
         for pool in pools:
-            gone, n = map(sum, zip(*pool))
-            assert gone == min(round(s*n), n-len(pool))
+            pruned, n = map(sum, zip(*pool))
+            assert pruned == min(round(s*n), n-len(pool))
 
 
 ### 1. Exact
@@ -174,10 +174,10 @@ def test_exact_pattern_after_weights(new_learner):
 ### The whole against a loop in plain PyTorch
 
 def reference(model, epochs, target, context, lr=1e-2):
-    "Train and prune along one-cycle, by a stable sort of all magnitudes, those that are gone first"
+    "Train and prune along one-cycle, by a stable sort of all magnitudes, those that are pruned first"
     opt = torch.optim.SGD(model.parameters(), lr, momentum=.9, weight_decay=.01)
     ws = [m.weight for m in layers(model).values()]
-    gone = [torch.zeros_like(w, dtype=torch.bool) for w in ws]
+    pruned = [torch.zeros_like(w, dtype=torch.bool) for w in ws]
     batches = list(tiny_dls().train)*epochs
     model.train()
     for i, (xb, yb) in enumerate(batches):
@@ -186,11 +186,11 @@ def reference(model, epochs, target, context, lr=1e-2):
         opt.zero_grad()
         s = progress['one_cycle']((i+1)/len(batches))*target
         for pool in [[j] for j in range(len(ws))] if context == 'local' else [range(len(ws))]:
-            score = torch.cat([ws[j].detach().abs().masked_fill(gone[j], -1).flatten() for j in pool])
+            score = torch.cat([ws[j].detach().abs().masked_fill(pruned[j], -1).flatten() for j in pool])
             mask = torch.zeros_like(score, dtype=torch.bool)
             mask[score.argsort(stable=True)[:round(s*len(score))]] = True
-            for j, part in zip(pool, mask.split([ws[j].numel() for j in pool])): gone[j] = part.view_as(ws[j])
-        for w, g in zip(ws, gone): w.data[g] = 0
+            for j, part in zip(pool, mask.split([ws[j].numel() for j in pool])): pruned[j] = part.view_as(ws[j])
+        for w, g in zip(ws, pruned): w.data[g] = 0
     return model
 
 
@@ -255,7 +255,7 @@ def test_export_with_callback(item_learner):
     assert total(other.model) == round(.9*n_weights)
 
 
-### 3. What is gone stays gone
+### 3. What is pruned stays pruned
 
 @pytest.mark.parametrize('schedule', rising)
 def test_masks_only_grow(new_learner, schedule):
@@ -302,7 +302,7 @@ def test_dsd_gives_back(new_learner, context):
     "On the way down counts are exact too, and in the end no weight is zero"
     seen = train(new_learner(), .8, context=context, schedule='dsd', epochs=4)
     assert_counts(seen, steps('dsd', .8, epochs=4), context)
-    assert [sum(gone for gone, _ in seen[i].values()) for i in (9, 19)] == [1203, 0]
+    assert [sum(pruned for pruned, _ in seen[i].values()) for i in (9, 19)] == [1203, 0]
 
 
 ### 4. Resumes from an ordinary checkpoint
@@ -350,7 +350,7 @@ def test_no_layer_dies_globally(new_learner, sparsity):
 def test_sparsity_one_keeps_one(new_learner, granularity, context):
     with pytest.warns(UserWarning, match='One group of each layer is kept'):
         seen = train(new_learner(), 1, granularity=granularity, context=context)
-    assert all(gone == n-1 for gone, n in seen[-1].values())
+    assert all(pruned == n-1 for pruned, n in seen[-1].values())
 
 
 def test_small_layer_keeps_one(new_learner):

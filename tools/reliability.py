@@ -5,7 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pandas as pd
-from onecycle_prune.files import write_whole
+from onecycle_prune._utils import atomic_write
 
 shared, ours_alone = ['tests/test_reliability.py'], ['tests/test_models.py', 'tests/test_many_processes.py']
 
@@ -29,5 +29,5 @@ if __name__ == '__main__':
     ours, peer = outcomes(*shared, *ours_alone), outcomes('--peer', *shared)
     df = pd.DataFrame({'onecycle_prune': verdicts(ours), f"fasterai {version('fasterai')}": verdicts(peer)}).fillna('not tried')
     df = df.reindex(verdicts(ours).index).reset_index()
-    write_whole(Path('results/reliability.csv'), lambda p: df.to_csv(p, index=False))
+    atomic_write(Path('results/reliability.csv'), lambda p: df.to_csv(p, index=False))
     print(df.to_string(index=False))

@@ -1,0 +1,217 @@
+"The grid: stopped, killed, shared and continued, no training is done twice, and each does what its record says."
+import json, os, signal, subprocess, sys, time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import onecycle_prune.experiments.grid as compare, pytest
+from onecycle_prune.experiments.grid import Run, append, grid, read_records, record, train
+from onecycle_prune.experiments.data import get_dls
+from onecycle_prune.experiments.analysis import read_runs
+from onecycle_prune.experiments.networks import get_arch
+from onecycle_prune.report import sparsity_report
+
+run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0, 'one_cycle', .9, 'local', 'large_final', 20, 3e-3, False, False)
+args = '--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 --seeds 0,1'.split()
+code = 'import sys\nfrom onecycle_prune.experiments.grid import compare\nif __name__ == "__main__": sys.exit(compare())\n'  # what pip writes for an entry of console_scripts
+
+
+@pytest.fixture
+def start(tmp_path):
+    "A function that starts the console command in a folder with a space in its name"
+    script, place = tmp_path/'ocp-compare', tmp_path/'a place'
+    script.write_text(code)
+    place.mkdir()
+    env = os.environ | dict(PYTHONIOENCODING='utf-8', PYTHONPATH=os.pathsep.join(map(str, sys.path)))
+    def _start(*more): return subprocess.Popen([sys.executable, script, *args, '--out', 'my runs.jsonl', *more], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
+    _start.out = place/'my runs.jsonl'
+    return _start
+
+
+def settings(r): return r['schedule'], r['seed']
+
+
+every = {(s, i) for s in ('dense', 'one_cycle') for i in (0, 1)}
+
+
+def test_killed_and_continued(start):
+    "What was recorded before the kill stays as it is, and the rest is done once"
+    process = start()
+    while len(read_records(start.out)) < 1 and process.poll() is None: time.sleep(.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = start.out.read_text()
+    n = len(read_records(start.out))
+    assert 1 <= n < 4
+    with start.out.open('a') as f: f.write('{"arch": "resn')  # as a full disk leaves it
+    said, _ = start().communicate(timeout=300)
+    assert said.splitlines()[-1] == '0 trainings are left'
+    records = read_records(start.out)
+    assert start.out.read_text().startswith(before) and len(records) == 4 and {settings(r) for r in records} == every
+    assert {r['state'] for r in records} == {'done'}
+
+
+def test_two_write_one_file(tmp_path):
+    "Each record is on a line of its own"
+    code = 'import sys\nfrom pathlib import Path\nfrom onecycle_prune.experiments.grid import append\nfor i in range(300): append(Path(sys.argv[1]), dict(a=sys.argv[2]*5000, i=i))'
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(map(str, sys.path)))
+    for p in [subprocess.Popen([sys.executable, '-c', code, tmp_path/'runs.jsonl', x], env=env) for x in 'xy']: assert p.wait(120) == 0
+    records = [json.loads(line) for line in (tmp_path/'runs.jsonl').read_text().splitlines()]
+    assert len({(r['a'][0], r['i']) for r in records}) == len(records) == 600
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    "A function that runs the command here, with trainings that are only pretended, and gives what it printed"
+    def _train(run):
+        if run.seed == 1: raise RuntimeError('CUDA out of memory')
+        if run.seed == 2: raise KeyboardInterrupt
+        return dict(accuracy=.5, seconds=60., reached=run.sparsity, zeros={})
+    monkeypatch.setattr(compare, 'train', _train)
+    def _call(**kwargs):
+        compare.compare(**dict(archs=run.arch, schedules='dense,one_cycle', sparsities='.8,.9', epochs='1', out=_call.out) | kwargs)
+        return capsys.readouterr().out
+    _call.out = tmp_path/'runs.jsonl'
+    return _call
+
+
+def test_failed_does_not_stop_the_rest(call):
+    call(seeds='1,0')
+    states = [(r['seed'], r['state']) for r in read_records(call.out)]
+    assert states == [(1, 'failed')]*3 + [(0, 'done')]*3
+    assert read_records(call.out)[0]['error'] == 'RuntimeError: CUDA out of memory'
+    assert '0 trainings are left' in call(seeds='1,0') and len(read_records(call.out)) == 6
+
+
+def test_failed_is_tried_again_when_asked(call, monkeypatch):
+    call(seeds='1,0')
+    monkeypatch.setattr(compare, 'train', lambda run: dict(accuracy=.5, seconds=1., reached=run.sparsity, zeros={}))
+    call(seeds='1,0', again=True)
+    assert [(r['seed'], r['state']) for r in read_records(call.out)[6:]] == [(1, 'done')]*3
+    assert len(read_runs(call.out)) == 6  # what failed and was done later counts once
+
+
+def test_interrupted_leaves_no_record(call):
+    with pytest.raises(KeyboardInterrupt): call(seeds='0,2')
+    assert {r['seed'] for r in read_records(call.out)} == {0} and len(read_records(call.out)) == 3
+
+
+def test_dry_run(call):
+    "What is left and how long it takes, and nothing is written"
+    call(seeds='0')
+    before = call.out.read_bytes()
+    *_, one, two, left = call(seeds='0,3', epochs='1,2', dry_run=True).splitlines()
+    # 3 of seed 3 at one epoch, 6 at two epochs, of a minute an epoch
+    assert one.split()[-3:] == ['1', '3', '3.0'] and two.split()[-3:] == ['2', '6', '12.0']
+    assert left == '9 trainings are left' and call.out.read_bytes() == before
+    assert '?' in call(archs='resnet18_cifar', dry_run=True)
+
+
+def test_shared(call):
+    "The parts are the whole, and no training is in two of them"
+    for part in ('2/3', '1/3', '3/3'): call(seeds='0,3', part=part)
+    assert len({(r['seed'], r['schedule'], r['sparsity']) for r in read_records(call.out)}) == len(read_records(call.out)) == 6
+
+
+def test_minutes(call):
+    "Nothing begins that is not expected to end in time; what nobody knows the time of does"
+    call(seeds='0,3', minutes=.5)
+    assert len(read_records(call.out)) == 1
+    call(seeds='0,3', minutes=1.5)
+    assert len(read_records(call.out)) == 6
+
+
+def test_done_by_another_meanwhile(call, monkeypatch):
+    "What a second process records while this one trains is not trained again"
+    trained = []
+    def _train(run):
+        if not trained: append(call.out, asdict(replace(run, sparsity=.9)) | dict(state='done', accuracy=.5, seconds=1.))
+        trained.append(run.sparsity)
+        return dict(accuracy=.5, seconds=1., reached=run.sparsity, zeros={})
+    monkeypatch.setattr(compare, 'train', _train)
+    call(seeds='0', schedules='one_cycle', sparsities='.8,.9,.95')
+    assert trained == [.8, .95] and len(read_records(call.out)) == 3
+
+
+@pytest.mark.parametrize('given,says', [
+    (dict(archs='resnet18_cifar,resnet81'), r"'resnet81'. Did you mean 'resnet18'\?"),
+    (dict(data='cifar_10'), r"Did you mean 'cifar10'\?"),
+    (dict(sparsities='.8,90'), r'got 90'),
+    (dict(sparsities='.8,x'), r"'x'"),
+    (dict(schedules='dense,agb'), r"'agb'. Did you mean 'agp'\?"),
+    (dict(contexts='globl'), r"Did you mean 'global'\?"),
+    (dict(criteria='large_finl'), r"Did you mean 'large_final'\?"),
+    (dict(epochs='0'), r'epochs'), (dict(bs=0), r'bs'), (dict(size=-1), r'size'), (dict(images=-5), r'images'),
+    (dict(seeds=''), r"''"),
+    (dict(part='0/2'), r"got '0/2'"), (dict(part='3/2'), r"got '3/2'"), (dict(part='half'), r"got 'half'"),
+    (dict(archs='vgg16_bn_cifar'), r'8×8'),
+], ids=str)
+def test_refuses(given, says, call):
+    "One line, before anything is trained or written"
+    with pytest.raises(SystemExit, match=says) as e: call(**given)
+    assert e.value.code.startswith('ocp-compare: ') and not call.out.exists()
+
+
+def test_dense_is_trained_once():
+    runs = grid([run.arch], ['digits'], [.8, .9, .95], ['dense', 'one_cycle'], ['local', 'global'], ['large_final', 'random'], [2], [0, 1], bs=20, lr=.01, bf16=False, channels_last=False)
+    assert len(runs) == len(set(runs)) == 2*(1 + 3*2*2)
+    assert [r.seed for r in runs] == [0]*13 + [1]*13  # seed by seed
+
+
+def test_record_says_what_was_trained(monkeypatch):
+    "The zeros of each layer are those of the model, and the accuracy that of its last epoch"
+    models, sparsity_of = [], compare.sparsity_report
+    monkeypatch.setattr(compare, 'sparsity_report', lambda m: models.append(m) or sparsity_of(m))
+    r = record(replace(run, epochs=2))
+    model = models[0].eval()
+    zeros = {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if n in r['zeros']}
+    assert r['zeros'] == zeros and len(zeros) == 21
+    weights = {n: m.weight.numel() for n, m in model.named_modules() if n in zeros}
+    assert zeros == {n: round(.9*w) for n, w in weights.items()} and r['reached'] == sum(zeros.values())/sum(weights.values())
+    right = [(model(x).argmax(1) == y).float() for x, y in get_dls('digits', images=100).valid]
+    assert r['accuracy'] == pytest.approx(sum(map(sum, right)).item()/360)
+    assert json.loads(json.dumps(r)) == r and r['torch'] and r['device'] and r['version']
+
+
+def test_all_schedules_start_alike(monkeypatch):
+    "The same weights and the same first batch, whatever the schedule"
+    seen = []
+    class Look(compare.ValidateLast):
+        def before_batch(self):
+            if not self.iter and self.training: seen.append((self.x.sum().item(), sum(p.double().sum().item() for p in self.model.parameters())))
+    monkeypatch.setattr(compare, 'ValidateLast', Look)
+    for s in ('dense', 'one_shot', 'iterative', 'agp', 'one_cycle'): train(replace(run, schedule=s))
+    train(replace(run, seed=1))
+    assert len(set(seen[:5])) == 1 and seen[5] != seen[0]
+
+
+def test_validates_once(monkeypatch):
+    learners, fit = [], compare.timed_fit
+    monkeypatch.setattr(compare, 'timed_fit', lambda learn, *args: learners.append(learn) or fit(learn, *args))
+    train(replace(run, epochs=3))
+    names = learners[0].recorder.metric_names[1:-1]
+    assert [*names] == ['train_loss', 'valid_loss', 'accuracy', 'sparsity'] and [len(v) for v in learners[0].recorder.values] == [2, 2, 4]
+
+
+def test_commit_is_of_this_code_alone(tmp_path, monkeypatch):
+    "A package inside somebody else's repository does not borrow its commit"
+    subprocess.run(['git', 'init', '-q', tmp_path], check=True)
+    (tmp_path/'__init__.py').write_text('')
+    monkeypatch.setattr(compare.onecycle_prune, '__file__', str(tmp_path/'__init__.py'))
+    assert compare._commit() is None
+
+
+results = sorted((Path(__file__).parent.parent/'results').glob('compare_*.jsonl'))
+
+
+@pytest.mark.parametrize('path', results, ids=lambda p: p.stem)
+def test_results_in_the_repository(path):
+    "The records that the report stands on are whole, each training is there once, and it reached its target in each pool"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    done = [r for r in records if r['state'] == 'done']
+    assert done and len(done) == len({tuple(r[f.name] for f in fields(Run)) for r in done})
+    classes = dict(digits=10, cifar10=10, cifar100=100, caltech101=101)
+    sizes = {(a, d): {o.layer: o.weights for o in sparsity_report(get_arch(a)(num_classes=classes[d])).itertuples()} for a, d in {(r['arch'], r['data']) for r in done}}
+    for r in done:
+        weights = {n: sizes[r['arch'], r['data']][n] for n in r['zeros']}
+        if r['context'] == 'global': assert sum(r['zeros'].values()) == round(r['sparsity']*sum(weights.values()))
+        else: assert r['zeros'] == {n: round(r['sparsity']*w) for n, w in weights.items()}
