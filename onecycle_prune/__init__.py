@@ -8,12 +8,16 @@
 - `onecycle_prune.experiments.grid`: The paper's experiment: one grid of trainings, that can be stopped and continued
 - `onecycle_prune.granularity`: What goes together: single weights, or groups of them
 - `onecycle_prune.layers`: Which modules are pruned, and what falls silent with them
+- `onecycle_prune.pools`: The layers that compete, and how many of their groups shall be pruned
 - `onecycle_prune.report`: What came out: tables and plots
 - `onecycle_prune.schedule`: When: how far pruning has come, at each position of the training
-- `onecycle_prune.select.numba_backend`: One pass over the weights: zero what is gone, and let go what goes
+- `onecycle_prune.select.bits`: The bits of a weight as an integer, zeros written in place, and memory layouts
+- `onecycle_prune.select.core`: The one public function of selection: the exact k lowest of each pool
+- `onecycle_prune.select.numba_backend`: Fused magnitude pruning on a CPU: one pass over the weights
 - `onecycle_prune.select.numba_kernels`: The loops over the weights that numba compiles, for one thread or several
-- `onecycle_prune.select.numpy_backend`: Which go: exactly k of a pool, ties included
-- `onecycle_prune.select.triton_backend`: The sweep of a GPU: kernels that Triton compiles
-- `onecycle_prune.sparsifier`: When, what and which, on one model"""
+- `onecycle_prune.select.numpy_backend`: The same choice on a CPU, without a sort of the whole pool
+- `onecycle_prune.select.reference`: What selection means, and its plainest answer: one stable sort
+- `onecycle_prune.select.triton_backend`: Fused magnitude pruning on a GPU, in Triton
+- `onecycle_prune.sparsifier`: Score, select and prune, on one model"""
 
 __version__ = "0.1.0"
