@@ -1,7 +1,7 @@
 """Modules:
 
-- `onecycle_prune.callback`: When fastai calls: pruning in the batches of a training
-- `onecycle_prune.checkpoint`: What a checkpoint does not hold
+- `onecycle_prune.callback`: Pruning in the batches of a fastai training
+- `onecycle_prune.checkpoint`: What a checkpoint does not hold, and what a pruned learner needs around a fit
 - `onecycle_prune.criteria`: How much a weight matters
 - `onecycle_prune.experiments.bench`: What pruning costs: the time it adds to a step, beside a dense step and the peer's
 - `onecycle_prune.experiments.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
