@@ -242,7 +242,8 @@ def note_names(app, doctree):
 def link_names(app, doctree, docname):
     "Link names in backticks to their documentation"
     for code in list(doctree.findall(nodes.literal)):
-        address = url(code.astext().partition('(')[0])
+        name = code.astext().partition('(')[0]
+        address = None if name.startswith('_') else url(name)
         if not address or isinstance(code.parent, (nodes.reference, nodes.title)): continue
         page, anchor = page_and_anchor(address)
         if page: address = f'{app.builder.get_relative_uri(docname, page)}#{app.env.metadata[page].get(anchor, "")}'
