@@ -4,6 +4,7 @@
 that links names in backticks to their documentation."""
 import ast, re, sys
 from functools import cache, partial
+from inspect import unwrap
 from os.path import normpath
 from pathlib import Path
 from shutil import copy, rmtree
@@ -99,7 +100,8 @@ class Api(BasicMarkdownRenderer):
         return fenced(self.nm + (sig.removeprefix('()') if self.is_property else sig), 'python')
 
     def _docstrings(self):
-        init = vars(self.sym).get('__init__') if isinstance(self.sym, type) else None
+        # A decorator may list the arguments in the docstring of `__init__`. Here a table does.
+        init = unwrap(vars(self.sym).get('__init__')) if isinstance(self.sym, type) else None
         return [d for d in (self.docs, init and init.__doc__) if d]
 
     def _parameters(self):
