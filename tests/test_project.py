@@ -47,7 +47,6 @@ def prepared_files(folder):
             if p.is_file() and not {'__pycache__', '.ipynb_checkpoints'} & set(p.parts)}
 
 
-@pytest.mark.slow
 def test_prepared(copy):
     "The modules and README.md agree with the notebooks, and the notebooks are clean"
     for p in (copy/'onecycle_prune').rglob('*.py'):

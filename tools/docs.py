@@ -11,6 +11,7 @@ from shutil import copy, rmtree
 
 from docutils import nodes
 from fastcore.docments import docments, qual_name
+from fastcore.foundation import L
 from fastcore.nbio import fenced, mk_cell, read_nb, write_nb
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import NbdevLookup, nbglob, patch_name
@@ -71,7 +72,7 @@ def line_numbers(path):
     lines = {}
     for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
-        lines[patch_name(node)] = node.lineno
+        lines.update(dict.fromkeys(L(patch_name(node)), node.lineno)) # a patch of several classes has several names
         for part in node.body if isinstance(node, ast.ClassDef) else []:
             if isinstance(part, ast.FunctionDef): lines[f'{node.name}.{part.name}'] = part.lineno
     return lines
@@ -80,7 +81,7 @@ def line_numbers(path):
 def source(module, name):
     "The address of the line that defines `name` in `module`, such as `select.core`"
     path = f"{cfg.lib_name}/{module.replace('.', '/')}.py"
-    return f'{repo}/{path}#L{line_numbers(path)[name]}'
+    return f'{repo}/{path}#L{line_numbers(path).get(name, 1)}'
 
 
 class Api(BasicMarkdownRenderer):
