@@ -1,4 +1,4 @@
-"What Sphinx is told. tools/docs.py writes the pages it reads."
+"The configuration of Sphinx. tools/docs.py writes the pages that it reads."
 from importlib.metadata import metadata
 
 from nbdev.config import get_config
@@ -8,15 +8,15 @@ project = html_title = cfg.title
 html_baseurl = cfg.doc_url
 copyright = metadata(cfg.lib_name)['Author']
 
-# docs: tools/docs.py
+# 'docs' is tools/docs.py.
 extensions = ['myst_nb', 'docs', 'sphinx-mathjax-offline']
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
-smartquotes = False  # docstrings quote words of code
-nb_execution_mode = 'off'  # the notebooks keep their outputs, and are run by the tests
+smartquotes = False  # docstrings quote code, whose quotation marks must stay
+nb_execution_mode = 'off'  # the pages show the stored outputs; the tests run the notebooks
 nb_render_markdown_format = 'gfm'
 nb_merge_streams = True
-suppress_warnings = ['myst.header']  # a heading of `show_doc` may follow the title
+suppress_warnings = ['myst.header']  # a heading of `show_doc` may come directly after the title, two levels below it
 
 html_theme = 'furo'
 html_theme_options = {'top_of_page_buttons': []}

@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb: what nbdev-readme does, without its need for Quarto."
+"Write README.md from nbs/index.ipynb. nbdev-readme would do the same, but it needs Quarto."
 import re
 from base64 import b64decode
 from pathlib import Path
@@ -12,7 +12,9 @@ figures = Path('index_files')
 
 
 def output(out, figure, alt):
-    "Markdown of one output; a picture goes to the file `figure`. HTML is left out: GitHub drops its styles."
+    """One output of a cell as Markdown. A picture is written to the file `figure`.
+
+    HTML is left out, because GitHub drops its styles."""
     data = out.get('data', {})
     if 'image/png' in data:
         figures.mkdir(exist_ok=True)
@@ -22,12 +24,17 @@ def output(out, figure, alt):
     return indent(''.join(data.get('text/plain') or out.get('text', '')).rstrip(), '    ')
 
 
+def links_from_root(source):
+    "Links of the index notebook, as seen from the root of the project"
+    return re.sub(r'\]\((?![a-z]+:|#)([^)]*)', lambda m: f"]({normpath('nbs/'+m[1])}", source)
+
+
 def blocks(cell):
-    "Blocks of Markdown that `cell` becomes"
+    "The Markdown of a cell: its source, and each of its outputs"
     options = cell.directives
     if 'hide' in options: return
     cell.remove_directives()
-    if cell.cell_type == 'markdown': yield re.sub(r'\]\((?![a-z]+:|#)([^)]*)', lambda m: f"]({normpath('nbs/'+m[1])}", cell.source)
+    if cell.cell_type == 'markdown': yield links_from_root(cell.source)
     elif options.get('echo') != 'false': yield f'```python\n{cell.source.strip()}\n```'
     for i, out in enumerate(cell.get('outputs', [])):
         yield output(out, figures/f'{cell.id}-{i}.png', options.get('fig-alt', ''))
@@ -36,4 +43,5 @@ def blocks(cell):
 rmtree(figures, ignore_errors=True)
 cells = read_nb('nbs/index.ipynb').cells
 text = '\n\n'.join(b for cell in cells for b in blocks(cell) if b.strip())
-Path('README.md').write_text('<!-- Written from nbs/index.ipynb by `make prepare` -->\n\n' + text + '\n', encoding='utf-8')
+header = '<!-- Written from nbs/index.ipynb by `make prepare` -->'
+Path('README.md').write_text(f'{header}\n\n{text}\n', encoding='utf-8')
