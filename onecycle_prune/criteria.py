@@ -18,20 +18,24 @@ from ._utils import raise_unknown
 
 # %% ../nbs/02_criteria.ipynb #852889ee
 def large_final(m:torch.nn.Module)->torch.Tensor:
-    "Keep large weights: |w|, in the shape of `m.weight` (Han et al., arXiv 1506.02626; the criterion of One-Cycle Pruning)"
+    """Keep large weights: |w|, in the shape of `m.weight` (Han et al., *Learning both Weights and Connections*, \
+arXiv 1506.02626; the criterion of One-Cycle Pruning)"""
     return m.weight.abs()
 
 # %% ../nbs/02_criteria.ipynb #05056236
 def small_final(m:torch.nn.Module)->torch.Tensor:
-    "Keep small weights: -|w|, in the shape of `m.weight` (Zhou et al., *Deconstructing Lottery Tickets*, arXiv 1905.01067)"
+    """Keep small weights: -|w|, in the shape of `m.weight` (Zhou et al., *Deconstructing Lottery Tickets*, \
+arXiv 1905.01067)"""
     return -m.weight.abs()
 
 # %% ../nbs/02_criteria.ipynb #8de7f79f
 def taylor(m:torch.nn.Module)->torch.Tensor:
     """Keep weights that the loss depends on: |w·g| with g the gradient of `m.weight`, in its shape \
-(Lee et al., *SNIP*, arXiv 1810.02340; Molchanov et al., arXiv 1611.06440). Raises `ValueError` if there is no gradient."""
+(Lee et al., *SNIP*, arXiv 1810.02340; Molchanov et al., arXiv 1611.06440). \
+Raises `ValueError` if there is no gradient."""
     if m.weight.grad is None:
-        raise ValueError(f"'taylor' scores |w·g|, and {m} has no gradient. Prune after `backward` and before `zero_grad`.")
+        raise ValueError(f"'taylor' scores |w·g|, and {m} has no gradient. "
+                         "Prune after `backward` and before `zero_grad`.")
     return (m.weight * m.weight.grad).abs()
 
 # %% ../nbs/02_criteria.ipynb #6f8dc4cb

@@ -73,7 +73,8 @@ a weight are listed once, under the first name. Raises `ValueError` if a lazy la
     # A computed weight is not read here, because reading it may change it: spectral norm takes a step each time.
     named = [(n, m, m if is_reparametrized(m) else m.weight) for n,m in _named_layers(unwrap_model(model))]
     lazy = [n for n,_,w in named if is_lazy(w)]
-    if lazy: raise ValueError(f"Lazy layers have no weights yet: {', '.join(lazy)}. Pass a batch through the model first.")
+    if lazy:
+        raise ValueError(f"Lazy layers have no weights yet: {', '.join(lazy)}. Pass a batch through the model first.")
     first = {id(w): n for n,m,w in reversed(named) if w is m or w.numel()}
     return {n: m for n,m,w in named if first.get(id(w))==n}
 
@@ -82,8 +83,9 @@ def _named_layers(model:nn.Module)->Iterator[tuple[str,nn.Module]]:
     for n,m in model.named_modules():
         if isinstance(m, conv+linear): yield n,m
         if isinstance(m, nn.MultiheadAttention):
-            for p in [Projection(m, f'{k}_proj_weight') for k in ('in', 'q', 'k', 'v')]:
-                if is_reparametrized(p) or p.weight is not None: yield f"{n}.{p.name.removesuffix('_weight')}".lstrip('.'),p
+            for k in ('in_proj', 'q_proj', 'k_proj', 'v_proj'):
+                p = Projection(m, f'{k}_weight')
+                if is_reparametrized(p) or p.weight is not None: yield f'{n}.{k}'.lstrip('.'),p
 
 # %% ../nbs/04_layers.ipynb #b97b4a51
 def check_layers(
@@ -113,18 +115,21 @@ def match(
     "The names in `named` that `key` chooses; raises `ValueError` if `key` is of another kind, or is not in the model"
     _check_key(key)
     if isinstance(key, type): return [n for n,m in named.items() if isinstance(m, key)]
-    if isinstance(key, str): return [n for n in named if n==key or n.startswith(key+'.')] or _raise_unknown_name(key, named)
+    if isinstance(key, str):
+        return [n for n in named if n==key or n.startswith(key+'.')] or _raise_unknown_name(key, named)
     if isinstance(key, nn.Module):
         inside = {id(m) for m in key.modules()}
-        return ([n for n,m in named.items() if id(weight_owner(m)[0]) in inside] or
-                raise_unknown('layer', type(key).__name__, named, also='a module of this model that is or has one of these'))
+        also = 'a module of this model that is or contains one of these'
+        return ([n for n,m in named.items() if id(weight_owner(m)[0]) in inside]
+                or raise_unknown('layer', type(key).__name__, named, also=also))
     return [n for n,m in named.items() if key(m)]
 
 def _raise_unknown_name(name, named):
     "Raise `ValueError` with the names of layers and containers that exist"
     parts = [n.split('.') for n in named]
     containers = dict.fromkeys('.'.join(p[:i]) for p in parts for i in range(1, len(p)))
-    raise_unknown('layer', name, containers|named, hints={c.__name__.lower(): f'the class nn.{c.__name__}' for c in conv+linear})
+    hints = {c.__name__.lower(): f'the class nn.{c.__name__}' for c in conv+linear}
+    raise_unknown('layer', name, containers|named, hints=hints)
 
 # %% ../nbs/04_layers.ipynb #e9fc7a4c
 def choose(
@@ -135,13 +140,14 @@ def choose(
     "The layers of `model` to prune; raises `ValueError` if there is none, or if a layer cannot be pruned as asked"
     named = prunable(model)
     if not named:
-        raise ValueError(f"Nothing to prune: {type(unwrap_model(model)).__name__} has no convolution and no linear layer.")
+        name = type(unwrap_model(model)).__name__
+        raise ValueError(f"Nothing to prune: {name} has no convolution and no linear layer.")
     keys = [conv, linear] if layers is None else layers
     names = {n for key in _flatten(keys) for n in match(key, named)
              if isinstance(key, (str, nn.Module)) or granularity.supports(named[n])}
     if not names:
-        raise ValueError(f"Nothing to prune: layers={layers!r} chooses no layer that supports granularity {granularity}, "
-                         f"out of {', '.join(named)}.")
+        raise ValueError(f"Nothing to prune: layers={layers!r} chooses no layer that supports granularity "
+                         f"{granularity}, out of {', '.join(named)}.")
     chosen = {n: m for n,m in named.items() if n in names}
     for n,m in chosen.items(): _check_layer(n, m, granularity)
     return chosen
@@ -177,7 +183,8 @@ def batchnorms_after(
 
 class _Tracer(fx.Tracer):
     "A tracer that does not look into layers and batch norms, nor into subclasses of them"
-    def is_leaf_module(self, m, name): return isinstance(m, conv+linear+(_BatchNorm,)) or super().is_leaf_module(m, name)
+    def is_leaf_module(self, m, name):
+        return isinstance(m, conv+linear+(_BatchNorm,)) or super().is_leaf_module(m, name)
 
 def _traceable_parts(model:nn.Module)->Iterator[tuple[nn.Module,fx.Graph]]:
     "The model with its graph, or its largest parts that can be traced, each with its graph"
@@ -198,8 +205,9 @@ def _copy_without_hooks(m:nn.Module|None, copies:dict[int,nn.Module])->nn.Module
 
 _keeps_zero = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh,
     nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity)
-_keeps_zero_functions = dict(call_method=('relu', 'relu_', 'tanh'), call_function=(torch.relu, torch.tanh, F.relu, F.relu6,
-    F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.dropout))
+_keeps_zero_functions = dict(call_method=('relu', 'relu_', 'tanh'),
+    call_function=(torch.relu, torch.tanh, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish,
+        F.dropout))
 
 def _called_module(node:fx.Node, modules:dict[str,nn.Module])->nn.Module|None:
     return modules[node.target] if node.op=='call_module' else None

@@ -20,7 +20,8 @@ from .layers import is_reparametrized, weight_owner, prunable
 def sparsity_report(
     model # A model or a `Learner`, also in `DataParallel`, `DistributedDataParallel` or `torch.compile`
 )->pd.DataFrame: # Columns layer, kind, shape, weights, zeros and sparsity in [0, 1]; the last row is the total
-    """Count the weights that are exactly zero in each convolution and linear layer. Biases and batch norms are not counted. \
+    """Count the weights that are exactly zero in each convolution and linear layer. \
+Biases and batch norms are not counted. \
 Raises `ValueError` if `model` is no model, or if a lazy layer has no weights yet."""
     weights = {n: (m, _read_weight(m)) for n,m in prunable(model).items()}
     rows = [(n, type(m).__name__, '×'.join(map(str, w.shape)), w.numel(), int((w==0).count_nonzero()))
@@ -85,5 +86,5 @@ def _check_was_pruned(recorder:Recorder):
         raise ValueError(f'Nothing to plot: the last fit was not pruned, and no fit before it. {advice}.')
     # Each fit has a new list of losses.
     if getattr(recorder, 'pruned_losses', None) is not recorder.losses:
-        raise ValueError('Nothing to plot: the last fit was not pruned. An earlier fit was pruned, but its losses are no longer stored. '
-                         f'{advice}, or call `plot_sparsity` directly after the pruned fit.')
+        raise ValueError('Nothing to plot: the last fit was not pruned. An earlier fit was, but its losses are no '
+                         f'longer stored. {advice}, or call `plot_sparsity` directly after the pruned fit.')

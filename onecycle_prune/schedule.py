@@ -51,7 +51,7 @@ def sched_iterative(
     pos:float, # Position in [0, 1]
     n_steps:int=3 # Number of equal steps, at least 1
 )->float: # Value at `pos`
-    "`n_steps` equal steps from `start` to `end` (Han et al., *Learning both Weights and Connections*, arXiv 1506.02626)"
+    "`n_steps` equal steps from `start` to `end` (Han et al., *Learning both Weights…*, arXiv 1506.02626)"
     # Rounding error may put a position slightly above the edge of a step that it should be on.
     return start + (end-start) * math.ceil(round(pos*n_steps, 9)) / n_steps
 
@@ -70,7 +70,7 @@ def SchedAGP(start:float, end:float):
 
 # %% ../nbs/01_schedule.ipynb #0144fa2b
 def sched_dsd(start:float, end:float, pos:float)->float:
-    "Cosine from `start` to `end` in the middle and back (Han et al., *DSD: Dense-Sparse-Dense Training*, arXiv 1607.04381)"
+    "Cosine from `start` to `end` in the middle and back (Han et al., *DSD: Dense-Sparse-Dense…*, arXiv 1607.04381)"
     return start + (end-start) * (1 - math.cos(2*math.pi*pos)) / 2
 
 def SchedDSD(start:float, end:float):
@@ -93,7 +93,7 @@ class Schedule:
         try:
             for i in range(1001): self(i/1000)
         except TypeError as e: # for example, fastai's `SchedCos` was given without its start and end
-            raise ValueError("A schedule is a function from a position to a progress in [0, 1], such as SchedCos(0, 1). "
+            raise ValueError("A schedule is a function from a position to a progress in [0, 1], as is SchedCos(0, 1). "
                              f"Calling {f!r} with a position failed: {e}") from e
 
     def __call__(self,
