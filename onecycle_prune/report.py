@@ -1,6 +1,6 @@
-"""What came out: tables and plots
+"""Tables and plots of a pruned model and of its training
 
-A report reads the model alone, its weights as they are. It needs no callback and no masks, so it tells the truth about any model, wherever it was pruned.
+A report reads the weights of a model as they are. It needs no callback and no masks. So it is right for any model, wherever it was pruned.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/report.html.md"""
 
@@ -10,27 +10,30 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/report.html.md"""
 __all__ = ['sparsity_report', 'plot_layers']
 
 # %% ../nbs/09_report.ipynb #e4f24269
-import pandas as pd
+import pandas as pd, torch
 from fastcore.basics import patch
 from fastai.learner import Recorder
+from torch import nn
 from .layers import is_reparametrized, weight_owner, prunable
 
 # %% ../nbs/09_report.ipynb #45e8cd4b
 def sparsity_report(
-    model # Any model
-)->pd.DataFrame: # A row for each convolution and linear layer, and the total: layer, kind, shape, weights, zeros, sparsity in [0, 1]
-    "Count the weights that are exactly zero, layer by layer; biases and batch norms are not counted"
-    weights = {n: (m, _look(m)) for n,m in prunable(model).items()}
-    rows = [(n, type(m).__name__, '×'.join(map(str, w.shape)), w.numel(), int((w==0).count_nonzero())) for n,(m,w) in weights.items()]
+    model # A model or a `Learner`, also in `DataParallel`, `DistributedDataParallel` or `torch.compile`
+)->pd.DataFrame: # Columns layer, kind, shape, weights, zeros and sparsity in [0, 1]; the last row is the total
+    """Count the weights that are exactly zero in each convolution and linear layer. \
+Biases and batch norms are not counted. \
+Raises `ValueError` if `model` is no model, or if a lazy layer has no weights yet."""
+    weights = {n: (m, _read_weight(m)) for n,m in prunable(model).items()}
+    rows = [(n, type(m).__name__, '×'.join(map(str, w.shape)), w.numel(), int((w==0).count_nonzero()))
+            for n,(m,w) in weights.items()]
     df = pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'weights', 'zeros'])
     df.loc[len(df)] = ['total', '', '', df.weights.sum(), df.zeros.sum()]
-    # a model without weights has no share of them
+    # Without weights, the sparsity would be 0/0.
     df['sparsity'] = (df.zeros / df.weights.where(df.weights>0)).astype(float).fillna(0.)
     return df
 
-# %% ../nbs/09_report.ipynb #add4b2db
-def _look(m):
-    "The weight of `m`; where it is computed, as in evaluation, which changes nothing"
+def _read_weight(m:nn.Module)->torch.Tensor:
+    "The weight of `m`; a computed weight is read in evaluation mode, in which reading does not change it"
     if not is_reparametrized(m): return m.weight
     module,_ = weight_owner(m)
     training = module.training
@@ -41,27 +44,31 @@ def _look(m):
 
 # %% ../nbs/09_report.ipynb #0e91208c
 def plot_layers(
-    model, # Any model, or {label: model} to compare several of one architecture
-    ax=None # Matplotlib axes to draw on
+    model, # A model or a `Learner`, or {label: model or `Learner`} to compare several of one architecture
+    ax=None # Matplotlib axes to draw on; without them, new ones
 ):
-    "Draw the sparsity of each convolution and linear layer as bars, and return the axes; raises `ValueError` where there is none"
+    """Draw the sparsity of each convolution and linear layer as a bar, and return the Matplotlib axes. \
+Raises `ValueError` if there is no such layer, or if `model` is no model."""
     models = model if isinstance(model, dict) else {'': model}
-    if not any(map(prunable, models.values())): raise ValueError('Nothing to draw: the model has no convolution and no linear layer.')
-    df = pd.DataFrame({k: sparsity_report(m)[:-1].set_index('layer').sparsity for k,m in models.items()})
-    ax = df.plot.barh(ax=ax, width=.8, legend=False, figsize=None if ax else (6, 1 + .25*len(df)*len(models)**.5))
-    if len(models)>1: ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(models)) # not over the bars
-    ax.invert_yaxis() # the first layer on top, as data flows
+    if not any(map(prunable, models.values())):
+        raise ValueError('Nothing to draw: the model has no convolution and no linear layer.')
+    df = pd.DataFrame({label: sparsity_report(m)[:-1].set_index('layer').sparsity for label,m in models.items()})
+    size = None if ax else (6, 1 + .25*len(df)*len(models)**.5)
+    ax = df.plot.barh(ax=ax, width=.8, legend=False, figsize=size)
+    if len(models)>1: ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(models)) # above the bars
+    ax.invert_yaxis() # the first layer is at the top
     ax.set(xlim=(0, 1), xlabel='sparsity', ylabel='')
     return ax
 
 # %% ../nbs/09_report.ipynb #2b415921
 @patch
 def plot_sparsity(self:Recorder,
-    skip_start:int=5, # First batches to leave out, where the loss is off the scale
-    ax=None # Matplotlib axes to draw on
+    skip_start:int=5, # Number of first batches to leave out, where the loss is still large
+    ax=None # Matplotlib axes to draw on; without them, the current ones
 ):
-    "Draw the loss and the sparsity after each batch of the last training; raises `ValueError` where it was not pruned"
-    if not getattr(self, 'sparsities', None) or self.pruned is not self.losses: raise ValueError('The last training was not pruned: give its `fit` a `SparsifyCallback`.')
+    """Draw the loss and the sparsity after each batch of the last fit, and return the Matplotlib axes of the loss. \
+Raises `ValueError` if the last fit was not pruned."""
+    _check_was_pruned(self)
     ax = self.plot_loss(skip_start=skip_start, with_valid=False, ax=ax)
     right = ax.twinx()
     steps = range(skip_start, len(self.sparsities))
@@ -69,3 +76,15 @@ def plot_sparsity(self:Recorder,
     right.set_ylabel('sparsity', color='tab:orange')
     right.set_ylim(0, 1)
     return ax
+
+def _check_was_pruned(recorder:Recorder):
+    "Raise `ValueError` if the sparsities of `recorder` do not belong to the losses of its last fit"
+    advice = 'Give `fit` a `SparsifyCallback`'
+    if not getattr(recorder, 'losses', None):
+        raise ValueError(f'Nothing to plot: the learner was not trained yet, and so not pruned. {advice}.')
+    if not getattr(recorder, 'sparsities', None):
+        raise ValueError(f'Nothing to plot: the last fit was not pruned, and no fit before it. {advice}.')
+    # Each fit has a new list of losses.
+    if getattr(recorder, 'pruned_losses', None) is not recorder.losses:
+        raise ValueError('Nothing to plot: the last fit was not pruned. An earlier fit was, but its losses are no '
+                         f'longer stored. {advice}, or call `plot_sparsity` directly after the pruned fit.')

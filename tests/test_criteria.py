@@ -1,5 +1,5 @@
-"Criteria meet numbers worked out by hand, alone and in the masks they lead to."
-import copy, pickle
+"Criteria give the scores, and the masks, that are worked out by hand."
+import copy, pickle, re
 
 import pytest, torch
 from torch import nn, tensor
@@ -7,7 +7,7 @@ from torch import nn, tensor
 import onecycle_prune.all
 from conftest import assert_same, bits
 from helpers import fill, line, zeros
-from onecycle_prune.criteria import Criteria, criteria, get_criteria
+from onecycle_prune.criteria import Criteria, criteria, criteria_aliases, get_criteria
 from onecycle_prune.sparsifier import Sparsifier
 
 now, start = [.5, -2., 0., -1.], [-1., 1.5, .25, -1.]
@@ -17,7 +17,7 @@ by_hand = dict(
     large_init=[1, 1.5, .25, 1],
     large_init_large_final=[.5, 1.5, 0, 1],    # the smaller of the two magnitudes
     magnitude_increase=[-.5, .5, -.25, 0],     # of magnitudes: -1 → .5 shrinks
-    movement=[1.5, 3.5, .25, 0],               # through zero and out on the other side is far
+    movement=[1.5, 3.5, .25, 0],               # the distance from -1 to .5, through zero
     updating_movement=[1.5, 3.5, .25, 0])
 memories = dict(large_init='start', large_init_large_final='start', magnitude_increase='start', movement='start',
                 updating_movement='last')
@@ -30,11 +30,17 @@ def test_scores(name):
     assert m.weight.tolist() == [now]
 
 
-@pytest.mark.parametrize('name', sorted({*criteria} - {'random'}))
+@pytest.mark.parametrize('name', sorted({*criteria} - {'random'} - {*criteria_aliases}))
 def test_memory(name): assert getattr(criteria[name], 'memory', None) == memories.get(name)
 
 
-def test_all_named(): assert set(criteria) == {*by_hand, 'random', 'taylor'}
+def test_all_named(): assert set(criteria) == {*by_hand, 'random', 'taylor', *criteria_aliases}
+
+
+@pytest.mark.parametrize('alias', ['magnitude', 'l1'])
+def test_aliases(alias):
+    "A second name gives the very same criterion"
+    assert alias in criteria_aliases and criteria[alias] is get_criteria(alias) is criteria['large_final']
 
 
 def test_taylor():
@@ -48,7 +54,7 @@ def test_taylor_prunes():
     m = line(3., 2., -1., 4.)
     sp = Sparsifier(m, criteria='taylor')
     m(tensor([[1., -1., 5., .1]])).sum().backward()
-    sp.prune(.5)  # 3, 2, 5, .4: by magnitude, the third would go
+    sp.prune(.5)  # 3, 2, 5, .4: by magnitude, the third would be pruned
     assert zeros(m) == [False, True, False, True]
 
 
@@ -58,7 +64,7 @@ def test_taylor_without_gradient():
     assert m.weight.tolist() == [now]
 
 
-# From `before` to `after`, all four rank otherwise:
+# Between `before` and `after`, each criterion ranks the weights in its own way:
 #   |w₀|         .4 .1  3  2     smallest: 1, 0
 #   |w|           2 .3 .2  1     smallest: 2, 1
 #   min          .4 .1 .2  1     smallest: 1, 2
@@ -67,32 +73,32 @@ def test_taylor_without_gradient():
 before, after = [.4, .1, 3., -2.], [-2., .3, .2, 1.]
 
 
-@pytest.mark.parametrize('name,going', [
+@pytest.mark.parametrize('name,order', [
     ('large_init', [1, 0]), ('large_final', [2, 1]), ('large_init_large_final', [1, 2]),
     ('magnitude_increase', [2, 3]), ('movement', [1, 0]), ('small_final', [0, 3])])
-def test_prunes(name, going):
+def test_prunes(name, order):
     for n in (1, 2):
         m = line(*before)
         sp = Sparsifier(m, criteria=name)
         fill(m, after)
         sp.prune(n/4)
-        assert zeros(m) == [i in going[:n] for i in range(4)]
+        assert zeros(m) == [i in order[:n] for i in range(4)]
 
 
-@pytest.mark.parametrize('name,going', [('movement', [3, 0]), ('updating_movement', [3, 2])])
-def test_start_and_last(name, going):
+@pytest.mark.parametrize('name,pruned', [('movement', [3, 0]), ('updating_movement', [3, 2])])
+def test_start_and_last(name, pruned):
     "`movement` measures from the start, `updating_movement` from the last pruning"
     m = line(1., 1., 1., 1.)
     sp = Sparsifier(m, criteria=name)
     fill(m, [2., 3., 6., 1.])
-    sp.prune(.25)              # moved by 1, 2, 5, 0: the last goes
+    sp.prune(.25)              # moved by 1, 2, 5, 0: the last is pruned
     fill(m, [2.5, 4., 6.1, 0.])
     sp.prune(.5)               # since the start 1.5, 3, 5.1; since the last pruning .5, 1, .1
-    assert zeros(m) == [i in going for i in range(4)]
+    assert zeros(m) == [i in pruned for i in range(4)]
 
 
 def test_last_without_change():
-    "A pruning that removes no more is one too: what moves is measured from there"
+    "A call of `prune` that prunes nothing more counts as the last pruning too"
     m = line(1., 1., 1., 1.)
     sp = Sparsifier(m, criteria='updating_movement')
     sp.prune(0)
@@ -104,7 +110,7 @@ def test_last_without_change():
 
 
 def test_memory_is_a_copy():
-    "The start is remembered as it was, for each layer its own"
+    "The memory of each layer is a copy, which later changes of the weights do not reach"
     net = nn.Sequential(line(1., 2.), line(2., 1.))
     sp = Sparsifier(net, criteria='large_init')
     for m in net: m.weight.data.mul_(tensor([-5., 3.]))
@@ -121,7 +127,7 @@ def test_plain_function():
 
 @pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16, torch.float64])
 def test_score_types(dtype):
-    "Ranks or marks are scores as well"
+    "Scores may be integers, bools and any floats"
     m = line(4., 3., 2., 1.)
     Sparsifier(m, criteria=lambda m: tensor([[1, 0, 1, 0]], dtype=dtype)).prune(.5)
     assert zeros(m) == [False, True, False, True]
@@ -137,7 +143,7 @@ def test_user_criteria():
 
 def shrinkage(w, start): return start - w
 
-shrunk = Criteria(shrinkage, memory='last')  # under another name than the function's
+shrunk = Criteria(shrinkage, memory='last')  # its name differs from that of the function
 
 
 @pytest.mark.parametrize('c', [*criteria.values(), shrunk], ids=[*criteria, 'shrunk'])
@@ -155,7 +161,7 @@ def test_copies(c, copied):
 
 
 def test_random():
-    "One number for each weight, from torch's own generator, which goes on as if nothing had been drawn"
+    "One number for each weight, from torch's own generator, whose state is the same afterwards"
     m = line(*range(1000))
     torch.manual_seed(3)
     a = Sparsifier(m, criteria='random').state_dict()['']
@@ -169,23 +175,78 @@ def test_random():
 
 
 def test_random_prunes():
-    "Half of a thousand, spread over both halves, and blind to the size of a weight"
+    "Half of a thousand weights, of both halves alike, whatever their magnitudes"
     m = line(*range(1, 1001))
     torch.manual_seed(0)
     Sparsifier(m, criteria='random').prune(.5)
-    assert sum(zeros(m)) == 500 and 200 < sum(zeros(m)[:500]) < 300  # a standard deviation is 8
+    assert sum(zeros(m)) == 500 and 200 < sum(zeros(m)[:500]) < 300  # the standard deviation is 8
 
 
 def test_random_hides_nothing():
-    "Python's module of that name is what fastai's users have"
+    "`random` stays Python's module, which fastai exports under that name"
     assert 'random' not in vars(onecycle_prune.all) and 'movement' in vars(onecycle_prune.all)
 
 
-@pytest.mark.parametrize('name,near', [
-    ('large_finale', 'large_final'), ('Movement', 'movement'), ('tailor', 'taylor'), ('magnitude', 'magnitude_increase'),
+@pytest.mark.parametrize('name,right', [
+    ('large_finale', 'large_final'), ('Movement', 'movement'), ('tailor', 'taylor'), ('Magnitude', 'magnitude'),
     ('largeinit', 'large_init')])
-def test_nearest(name, near):
-    with pytest.raises(ValueError, match=f"Unknown criterion: '{name}'.*Did you mean '{near}'.*small_final"): get_criteria(name)
+def test_nearest(name, right):
+    with pytest.raises(ValueError, match=f"Unknown criterion: '{name}'.*Did you mean '{right}'.*small_final.*l1"):
+        get_criteria(name)
+
+
+@pytest.mark.parametrize('word,right', [
+    ('abs', "'magnitude'"), ('l1_norm', "'magnitude'"), ('magnitude_pruning', "'magnitude'"), ('snip', "'taylor'"),
+    ('initial_magnitude', "'large_init'"), ('small', "'large_final' (keeps the large weights), or 'small_final'"),
+    ('largest', "'large_final' (keeps the large weights), or 'small_final'")])
+def test_hints(word, right):
+    "A word of another library is answered with the same criterion"
+    with pytest.raises(ValueError, match=f'Did you mean {re.escape(right)}.*Allowed: large_final'): get_criteria(word)
+
+
+# Words for which there is no criterion by name. The hint is a function; here are its scores of `now`, of which
+# `start` is the memory and 1, 2, 3, 4 the gradient.
+in_code = dict(
+    l2=[.25, 4, 0, 1], l2_norm=[.25, 4, 0, 1], grad=[1, 2, 3, 4], gradient_magnitude=[1, 2, 3, 4],
+    small_init=[-1, -1.5, -.25, -1], small_init_small_final=[-1, -2, -.25, -1], magnitude_decrease=[.5, -.5, .25, 0],
+    updating_magnitude_increase=[-.5, .5, -.25, 0])
+
+
+@pytest.mark.parametrize('word', in_code)
+def test_hints_in_code(word):
+    "The function in a hint computes what the word means"
+    with pytest.raises(ValueError, match='Did you mean ') as e: get_criteria(word)
+    hint = re.search(r"Did you mean (.*?)(, or 'taylor' .*)?\? Allowed", str(e.value))[1]
+    m, f = line(*now), get_criteria(eval(hint))
+    m.weight.grad = tensor([[1., 2., 3., 4.]])
+    memory = 'last' if 'updating' in word else 'start' if isinstance(f, Criteria) else None
+    assert getattr(f, 'memory', None) == memory
+    assert f(m, *[tensor([start])] if isinstance(f, Criteria) else []).tolist() == [in_code[word]]
+
+
+@pytest.mark.parametrize('word', [
+    'weight', 'saliency', 'hessian', 'fisher', 'wanda', 'synflow', 'grasp', 'l0', 'movmag'])
+def test_no_hint(word):
+    "A word that no criterion here means has no hint"
+    with pytest.raises(ValueError, match='^((?!Did you mean).)*$'): get_criteria(word)
+
+
+def test_movement_pruning():
+    "Movement pruning is not `movement`, and the hint says so"
+    with pytest.raises(ValueError, match='of your own.*movement.*is .w - w₀.'): get_criteria('movement_pruning')
+
+
+def test_class():
+    "A class is not a criterion, and its instance is"
+    with pytest.raises(ValueError, match='Did you mean an instance, such as Criteria.*Allowed: large_final'):
+        get_criteria(Criteria)
+    with pytest.raises(ValueError, match='Unknown criterion: .*Linear.*Allowed: large_final'): get_criteria(nn.Linear)
+
+
+@pytest.mark.parametrize('criterion,shown', [
+    (criteria['movement'], "Criteria(movement, memory='start')"), (shrunk, "Criteria(shrinkage, memory='last')"),
+    (criteria['random'], "Criteria(random, memory='_random_numbers')")])
+def test_repr(criterion, shown): assert repr(criterion) == shown
 
 
 @pytest.mark.parametrize('c', ['', 'qqq', None, 3, tensor([1.])])
@@ -204,14 +265,14 @@ def spoil(w, value):
 
 wrong = dict(
     nan=lambda w: spoil(w, torch.nan), inf=lambda w: spoil(w, torch.inf), minus_inf=lambda w: spoil(w, -torch.inf),
-    transposed=lambda w: w.T, flat=lambda w: w.flatten(), pooled=lambda w: w.mean(1), number=lambda w: 1., none=lambda w: None,
-    numpy=lambda w: w.numpy())
+    transposed=lambda w: w.T, flat=lambda w: w.flatten(), reduced=lambda w: w.mean(1), number=lambda w: 1.,
+    none=lambda w: None, numpy=lambda w: w.numpy())
 
 
 @pytest.mark.parametrize('context', ['local', 'global'])
 @pytest.mark.parametrize('scores', wrong.values(), ids=wrong)
 def test_wrong_scores(scores, context):
-    "What cannot be ranked is refused with the name of the layer, and no weight of any layer has changed"
+    "Scores that cannot be ranked raise an error with the name of the layer, before any weight changes"
     net = nn.ModuleDict(dict(fine=nn.Linear(3, 2), odd=nn.Linear(3, 2)))
     sp = Sparsifier(net, context=context, criteria=lambda m: (scores if m is net.odd else abs)(m.weight.detach()))
     w0 = bits(net)

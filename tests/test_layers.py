@@ -1,4 +1,4 @@
-"Which layers are chosen, and which batch norms fall silent with their filters, as read off the models by hand."
+"The layers that are chosen, and the batch norms that follow them, agree with lists written by hand."
 from collections import OrderedDict
 
 import pytest, torch
@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune
 from torchvision import models
 
-from conftest import assert_same, bits
+from conftest import assert_same, bits, tiny_net
 from helpers import channel
 from onecycle_prune.granularity import conv, get_granularity, linear
-from onecycle_prune.layers import unwrap_model, batchnorms_after, choose, match, prunable
+from onecycle_prune.layers import batchnorms_after, check_layers, choose, match, prunable, unwrap_model
 from onecycle_prune.sparsifier import Sparsifier
 
 
@@ -29,11 +29,12 @@ def chosen(model, layers, granularity='weight'): return list(choose(model, layer
 
 
 @pytest.mark.parametrize('layers,names', [
+    (None, ['stem', 'body.0', 'body.2.up', 'body2', 'head']),
     ((conv, linear), ['stem', 'body.0', 'body.2.up', 'body2', 'head']),
     (nn.Conv2d, ['stem', 'body.0']),
     (nn.ConvTranspose2d, ['body.2.up']),
     ('head', ['head']),
-    ('body', ['body.0', 'body.2.up']),  # the container, not what only begins with its name
+    ('body', ['body.0', 'body.2.up']),  # the container, not `body2`, whose name begins in the same way
     ('body.2', ['body.2.up']),
     (lambda m: m.weight.numel() < 20, ['body2', 'head']),
     (['head', 'stem'], ['stem', 'head']),  # in the order of the model
@@ -64,32 +65,65 @@ def test_subclass_by_base(): assert chosen(nn.Sequential(MyConv(1, 1, 1), nn.Lin
 def test_model_is_layer(): assert chosen(nn.Linear(2, 2), nn.Linear) == ['']
 
 
-@pytest.mark.parametrize('layers', [(conv, linear), lambda m: True])
+@pytest.mark.parametrize('layers', [None, (conv, linear), lambda m: True])
 def test_granularity_chooses(layers):
-    "A class or function leaves out the kinds that have no such groups"
+    "None, a class or a function leaves out layers that do not support the granularity"
     assert chosen(Net(), layers, 'kernel') == ['stem', 'body.0', 'body.2.up', 'body2']
     assert chosen(Net(), layers, 'column') == ['stem', 'body.0', 'body.2.up', 'head']
 
 
-def test_granularity_refused():
-    with pytest.raises(ValueError, match="'head'.*Linear has no granularity 'kernel'"): chosen(Net(), ['stem', 'head'], 'kernel')
+def test_granularity_unsupported():
+    with pytest.raises(ValueError, match="'head'.*Linear does not support granularity 'kernel'"):
+        chosen(Net(), ['stem', 'head'], 'kernel')
 
 
-@pytest.mark.parametrize('layers,said', [
-    ('haed', "'haed'.*Did you mean 'head'"), ('bod', "'bod'"), (nn.BatchNorm2d, "BatchNorm2d.*Conv2d"), (3, '3.*Linear'),
-    (None, 'None'), (nn.Linear(2, 2), 'Linear.*a module of this model'), (nn.Conv3d, 'Nothing to prune.*stem, body.0'),
-    ([], 'Nothing to prune'), (lambda m: False, 'Nothing to prune')])
-def test_choose_refused(layers, said):
-    with pytest.raises(ValueError, match=said): chosen(Net(), layers)
+@pytest.mark.parametrize('layers,message', [
+    ('haed', "'haed'.*Did you mean 'head'"), ('bod', "'bod'"), (nn.BatchNorm2d, "BatchNorm2d.*Conv2d"),
+    (3, '3.*Linear'),
+    ([None], 'None.*Allowed: Conv1d'), (nn.Linear(2, 2), 'Linear.*a module of this model'),
+    (nn.Conv3d, 'Nothing to prune.*stem, body.0'), ([], 'Nothing to prune'), (lambda m: False, 'Nothing to prune'),
+    ('Conv2d', "Unknown layer: 'Conv2d'. Did you mean the class nn.Conv2d.*Allowed: body"),
+    (nn.Sequential(nn.ReLU()), "Unknown layer: 'Sequential'.*Allowed: stem, .* or a module of this model")])
+def test_choose_wrong(layers, message):
+    with pytest.raises(ValueError, match=message): chosen(Net(), layers)
+
+
+def test_choose_module_of_a_wrong_kind():
+    "A module of the model that has no layer to prune raises an error that lists the layers"
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="'BatchNorm2d'. Allowed: 0, or a module of this model that is or contains"):
+        chosen(net, net[1])
+
+
+@pytest.mark.parametrize('layers', [
+    None, nn.Conv2d, MyConv, nn.LazyLinear, 'head', '', nn.BatchNorm2d(2), lambda m: True, len, (conv, linear), [],
+    [['head', [nn.Conv1d]], (('stem',),)]])
+def test_check_layers(layers): assert check_layers(layers) is None
+
+
+@pytest.mark.parametrize('layers,message', [
+    (nn.BatchNorm2d, 'BatchNorm2d is not a class'), (nn.LSTM, 'LSTM is not a class'),
+    (nn.Embedding, 'Embedding is not a class'),
+    (nn.MultiheadAttention, 'MultiheadAttention is not a class'), (Net, 'Net is not a class'),
+    (int, 'int is not a class'), (nn.Module, 'Module is not a class'), (3, 'Unknown layers: 3'),
+    (True, 'Unknown layers: True'), ({}, r'layers: \{\}'),
+    ({nn.Conv2d: 1}, 'Unknown layers: '), (.5, r'Unknown layers: 0\.5'), ([None], 'Unknown layers: None'),
+    ([nn.Conv2d, nn.LSTM], 'LSTM is not a class'), ([['head', 3]], 'Unknown layers: 3'),
+    ((conv, nn.GRU), 'GRU is not a class')])
+def test_check_layers_wrong(layers, message):
+    "What cannot choose layers of any model is answered with what can, without a model"
+    allowed = r'Allowed: Conv1d, .*Linear, or a name, a module, or a function of a module\.$'
+    with pytest.raises(ValueError, match=f'{message}.*{allowed}'): check_layers(layers)
+    with pytest.raises(ValueError, match=f'{message}.*{allowed}'): chosen(Net(), layers)
 
 
 def test_nothing_there():
     with pytest.raises(ValueError, match='Sequential has no convolution and no linear layer'):
-        chosen(nn.Sequential(nn.ReLU(), nn.Embedding(3, 3)), (conv, linear))
+        chosen(nn.Sequential(nn.ReLU(), nn.Embedding(3, 3)), None)
 
 
 def test_tied():
-    "Two layers of one weight are one layer, under its first name"
+    "Two layers that share a weight are one layer, under the first name"
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     net[2].weight = net[0].weight
     assert list(prunable(net)) == ['0', '1']
@@ -114,7 +148,7 @@ def test_frozen_bias_only(recwarn):
 
 
 def test_all_frozen():
-    "They wait, named, and nothing is pruned"
+    "If all layers are frozen, the warning names them, and nothing is pruned"
     net = Net().requires_grad_(False)
     before = bits(net)
     with pytest.warns(UserWarning, match='not pruned: stem, .*head'): sp = Sparsifier(net)
@@ -123,10 +157,11 @@ def test_all_frozen():
 
 
 def test_attention():
-    "The packed projections, and those of their own where keys and values differ in size"
+    "The packed projection, or separate ones if keys and values differ in size"
     net = nn.ModuleDict(dict(a=nn.MultiheadAttention(8, 2), b=nn.MultiheadAttention(8, 2, kdim=4, vdim=6)))
     assert {n: tuple(m.weight.shape) for n, m in prunable(net).items()} == {
-        'a.in_proj': (24, 8), 'a.out_proj': (8, 8), 'b.q_proj': (8, 8), 'b.k_proj': (8, 4), 'b.v_proj': (8, 6), 'b.out_proj': (8, 8)}
+        'a.in_proj': (24, 8), 'a.out_proj': (8, 8), 'b.q_proj': (8, 8), 'b.k_proj': (8, 4), 'b.v_proj': (8, 6),
+        'b.out_proj': (8, 8)}
     assert match('a', prunable(net)) == match(net['a'], prunable(net)) == ['a.in_proj', 'a.out_proj']
     assert len(match(nn.Linear, prunable(net))) == 6
 
@@ -138,10 +173,47 @@ def test_lazy():
     assert list(prunable(net)) == ['0', '2']
 
 
-@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile, lambda m: nn.DataParallel(torch.compile(m))], ids=['parallel', 'compiled', 'both'])
+wrappers = dict(parallel=nn.DataParallel, compiled=torch.compile, both=lambda m: nn.DataParallel(torch.compile(m)))
+
+
+@pytest.mark.parametrize('wrap', wrappers.values(), ids=wrappers)
 def test_wrapped(wrap):
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert list(prunable(wrap(net))) == ['0', '1'] and unwrap_model(wrap(net)) is net
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, *wrappers.values()], ids=['plain', *wrappers])
+def test_learner(new_learner, wrap):
+    "A learner stands for its model, which may be in wrappers"
+    net = tiny_net()
+    learn = new_learner(wrap(net))
+    assert unwrap_model(learn) is net and list(prunable(learn)) == ['0', '3', '8'] == chosen(learn, None)
+    assert batchnorms_after(learn, [net[0]]) == {net[0]: [net[1]]}
+
+
+def test_model_with_an_attribute_model():
+    "A module is a model itself, also if it has another one as `model`"
+    net = nn.Sequential(nn.Linear(2, 2))
+    net.model = nn.Linear(2, 2)
+    assert unwrap_model(net) is net
+
+
+class Holder:
+    "Has a `model` that is none"
+    model = 'resnet18'
+    def __repr__(self): return 'Holder()' + 1000*'.'
+
+
+@pytest.mark.parametrize('model,message', [
+    (nn.Linear, r'got the class Linear\. Give the model itself, say Linear\(\.\.\.\)'),
+    (models.resnet18, r'got the function resnet18\. Give the model itself, say resnet18\(\)'),
+    (lambda: 3, 'got <function'), ('resnet18', "got 'resnet18'"), (None, 'got None'), (3, 'got 3'), ([], r'got \[\]'),
+    (Holder(), r'got Holder\(\)\.{,90}$'), (Holder, r'got the class Holder\.')])
+def test_no_model(model, message):
+    "What is neither a model nor a learner raises an error that says what is right"
+    message = 'A model is an nn.Module, or a Learner that has one, ' + message
+    for use in (unwrap_model, prunable, lambda m: chosen(m, None), lambda m: batchnorms_after(m, []), Sparsifier):
+        with pytest.raises(ValueError, match=message): use(model)
 
 
 computed = dict(
@@ -151,16 +223,16 @@ computed = dict(
 
 @pytest.mark.parametrize('computes', computed.values(), ids=computed)
 def test_computed(computes):
-    "A weight that is computed from others is refused, with the name of its layer"
+    "A weight that is computed from other tensors raises an error with the name of its layer"
     net = Net()
     computes(net.body[0])
     with pytest.raises(ValueError, match=r"'body\.0' \(.*Conv2d\).*parametrization"): chosen(net, (conv, linear))
-    assert chosen(net, 'head') == ['head']  # not in the way of others
+    assert chosen(net, 'head') == ['head']  # which does not concern other layers
 
 
 @pytest.mark.parametrize('computes', computed.values(), ids=computed)
 def test_computed_all_listed(computes):
-    "Weights that are made anew at each look are not taken for one"
+    "Weights that are computed each time they are read are not mistaken for one shared weight"
     net = nn.Sequential(*[computes(nn.Linear(64, 64)) for _ in range(20)]).eval()
     assert len(prunable(net)) == 20
 
@@ -175,14 +247,14 @@ def test_not_finite(value):
 # Batch norms
 
 def bns(model):
-    "{name of a layer: names of the batch norms behind it}"
+    "{name of a layer: names of the batch norms after it}"
     names = {m: n for n, m in model.named_modules()}
     found = batchnorms_after(model, list(prunable(model).values()))
     return {names[m]: [names[b] for b in bs] for m, bs in found.items()}
 
 
 def on_meta(f):
-    "A network without the memory and the time that its weights would take"
+    "A network whose weights take no memory and no time"
     with torch.device('meta'): return f(weights=None)
 
 
@@ -193,7 +265,7 @@ def test_resnet18():
 
 
 def test_vgg16_bn():
-    convs = [0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40]  # conv, bn, relu, and now and then a pool
+    convs = [0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40]  # conv, bn, relu, and sometimes a max pooling
     assert bns(on_meta(models.vgg16_bn)) == {f'features.{i}': [f'features.{i+1}'] for i in convs}
 
 
@@ -208,14 +280,15 @@ def test_mobilenet_v2():
 
 
 def test_densenet121():
-    "What a layer adds is concatenated before the next norm sees it, and a transition is pooled: only norm0 and norm2 are fed by one conv"
+    """Outputs are concatenated before the next norm reads them, and transitions end in average pooling: \
+only norm0 and norm2 are fed by one convolution"""
     inner = {f'features.denseblock{b}.denselayer{l}.conv1': [f'features.denseblock{b}.denselayer{l}.norm2']
              for b, n in enumerate((6, 12, 24, 16), 1) for l in range(1, n+1)}
     assert bns(on_meta(models.densenet121)) == {'features.conv0': ['features.norm0']} | inner
 
 
 class Functional(nn.Module):
-    "conv, then `f(self, x)`"
+    "A convolution, followed by `f(self, x)`"
     def __init__(self, f, **modules):
         super().__init__()
         self.conv, self.bn, self.f = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), f
@@ -247,19 +320,22 @@ def test_conv_relu_bn(): assert bns(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(),
 
 
 def test_named_relu():
-    "A module is what it is, not what it is called"
+    "The class of a module counts, not its name"
     assert bns(Functional(lambda s, x: s.bn(s.relu(x)), relu=nn.ChannelShuffle(2))) == {}
 
 
-def test_two_bns(): assert bns(Functional(lambda s, x: s.bn(x) + s.bn2(x), bn2=nn.BatchNorm2d(4))) == {'conv': ['bn', 'bn2']}
+def test_two_bns():
+    net = Functional(lambda s, x: s.bn(x) + s.bn2(x), bn2=nn.BatchNorm2d(4))
+    assert bns(net) == {'conv': ['bn', 'bn2']}
 
 
 def test_written_elsewhere():
-    "The flow of data counts, not the order of the page"
+    "The flow of data counts, not the order in the code"
     class Crossed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.bn_b, self.b, self.bn_a = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.a, self.bn_b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.b, self.bn_a = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
         def forward(self, x): return self.bn_b(self.b(x)) + self.bn_a(self.a(x))
     assert bns(Crossed()) == {'a': ['bn_a'], 'b': ['bn_b']}
 
@@ -269,18 +345,19 @@ def test_only_asked():
     assert batchnorms_after(net, [net.layer1[0].conv2]) == {net.layer1[0].conv2: [net.layer1[0].bn2]}
 
 
-@pytest.mark.parametrize('bn,c', [(nn.BatchNorm1d, nn.Conv1d), (nn.BatchNorm2d, nn.ConvTranspose2d), (nn.BatchNorm3d, nn.Conv3d)])
+@pytest.mark.parametrize('bn,c', [
+    (nn.BatchNorm1d, nn.Conv1d), (nn.BatchNorm2d, nn.ConvTranspose2d), (nn.BatchNorm3d, nn.Conv3d)])
 def test_dimensions(bn, c): assert bns(nn.Sequential(c(2, 2, 1), bn(2))) == {'0': ['1']}
 
 
 def test_sync_batchnorm():
-    "What fastai makes of batch norms for a distributed training"
+    "fastai converts batch norms to this class for a distributed training"
     net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     assert isinstance(net[1], nn.SyncBatchNorm) and bns(net) == {'0': ['1']}
 
 
 def test_shared_bn():
-    "A batch norm that two convolutions feed is nobody's"
+    "A batch norm that two convolutions feed belongs to neither"
     shared = Functional(lambda s, x: s.bn(s.conv2(s.bn(x))), conv2=nn.Conv2d(4, 4, 1))
     assert bns(shared) == {}
 
@@ -292,7 +369,7 @@ def test_block_called_twice():
 
 
 class Branching(nn.Module):
-    "Goes by what its input holds, which no trace can follow; its parts are plain"
+    "Its flow depends on the values of its input, which cannot be traced; its parts can be traced"
     def __init__(self):
         super().__init__()
         self.stem, self.stem_bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
@@ -308,7 +385,7 @@ def test_untraceable(): assert bns(Branching()) == {'a.0': ['a.1'], 'b.inner.0':
 
 
 class Keeping(nn.Module):
-    "Stores what passes through, counts its calls, and has a buffer that follows them"
+    "Stores an activation, counts its calls, and has a buffer that counts them too"
     def __init__(self):
         super().__init__()
         self.conv, self.bn, self.calls = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), 0
@@ -322,7 +399,7 @@ class Keeping(nn.Module):
 
 
 @pytest.mark.parametrize('make', [Keeping, Branching])
-def test_trace_leaves_no_trace(make):
+def test_trace_changes_nothing(make):
     net = nn.Sequential(make())
     state, seed = bits(net), torch.get_rng_state()
     inside, params = [dict(vars(m)) for m in net.modules()], [id(p) for p in net.parameters()]
@@ -333,14 +410,14 @@ def test_trace_leaves_no_trace(make):
 
 
 def test_after_forward():
-    "Where a model still holds the activations of its last batch, nothing is different"
+    "A model that still stores the activations of its last batch gives the same result"
     net = Keeping()
     net(torch.randn(2, 3, 8, 8))
     assert bns(net) == {'conv': ['bn']}
 
 
 def test_hooks_are_not_called():
-    "The user's hooks see the user's batches and nothing else"
+    "Tracing does not call the hooks of the user's modules"
     net, seen = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), []
     for m in net.modules():
         m.register_forward_hook(lambda m, x, y: seen.append(m))
@@ -348,36 +425,36 @@ def test_hooks_are_not_called():
     assert bns(net) == {'0.0': ['0.1']} and not seen
 
 
-# Silence
+# Filters that are pruned give zeros
 
 makers = dict(
     conv=lambda: nn.Conv2d(4, 6, 3), conv1d=lambda: nn.Conv1d(4, 6, 3), grouped=lambda: nn.Conv2d(4, 6, 3, groups=2),
     depthwise=lambda: nn.Conv2d(6, 6, 3, groups=6), up=lambda: nn.ConvTranspose2d(4, 6, 3),
     grouped_up=lambda: nn.ConvTranspose2d(4, 6, 3, groups=2))
-behind = dict(
+followers = dict(
     nothing=lambda bn: [], bn=lambda bn: [bn], relu_bn=lambda bn: [nn.ReLU(), bn], bn_relu=lambda bn: [bn, nn.ReLU()],
     gelu_drop_bn=lambda bn: [nn.GELU(), nn.Dropout(), bn])
 weak = [1, 2, 5]
 
 
-@pytest.mark.parametrize('after', behind.values(), ids=behind)
+@pytest.mark.parametrize('after', followers.values(), ids=followers)
 @pytest.mark.parametrize('make', makers.values(), ids=makers)
-def test_silent(make, after):
-    "A filter that is pruned gives nothing but zeros, whatever bias and batch norm had learned; the others speak"
+def test_pruned_channel_is_zero(make, after):
+    "The channel of a pruned filter is zero, whatever its bias and batch norm had learned; other channels are not"
     m = make()
     bn = (nn.BatchNorm1d if isinstance(m, nn.Conv1d) else nn.BatchNorm2d)(6)
     net = nn.Sequential(m, *after(bn)).eval()
     for t in (m.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var): t.data.uniform_(.5, 2)
     with torch.no_grad():
-        for c in range(6): channel(m, c).fill_(.01 if c in weak else 1.)  # the weakest half goes
+        for c in range(6): channel(m, c).fill_(.01 if c in weak else 1.)  # the weak half is pruned
     Sparsifier(net, 'filter').prune(.5)
     out = net(torch.rand(2, m.in_channels, *[8]*(m.weight.dim()-2))).flatten(2)
     assert [c for c in range(6) if not out[:, c].any()] == weak
     assert [c for c in range(6) if not channel(m, c).any()] == weak
 
 
-def test_stays_silent():
-    "Also once a training step has moved bias and batch norm, and `apply` or `prune` came after it"
+def test_pruned_channel_stays_zero():
+    "The channel is zero again when `apply` or `prune` follows a training step that changed bias and batch norm"
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     sp = Sparsifier(net, 'filter')
     sp.prune(.5)
@@ -390,8 +467,8 @@ def test_stays_silent():
 
 
 @pytest.mark.parametrize('granularity', ['weight', 'kernel', 'shared_kernel'])
-def test_only_filters_silence(granularity):
-    "Bias and batch norm are touched only where a whole filter goes by being one"
+def test_only_filters_zero_bias_and_batchnorm(granularity):
+    "Bias and batch norm are zeroed only with granularity `filter`, not if all parts of a filter happen to be pruned"
     net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     before = [p.clone() for p in (net[0].bias, net[1].weight, net[1].bias)]
     Sparsifier(net, granularity).prune(.5)
@@ -399,6 +476,7 @@ def test_only_filters_silence(granularity):
 
 
 def test_container_misspelled():
-    "A name may be that of a container, so the nearest container is named"
-    net = nn.Sequential(OrderedDict(layer1=nn.Sequential(nn.Linear(2, 2)), layer4=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+    "The hint for a misspelled container is the container with the nearest name"
+    layer1, layer4 = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net = nn.Sequential(OrderedDict(layer1=layer1, layer4=layer4))
     with pytest.raises(ValueError, match="'layer5'. Did you mean 'layer[14]'"): Sparsifier(net, layers='layer5')

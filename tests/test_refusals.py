@@ -67,11 +67,11 @@ at_fit = [
     (dict(layers=['0', '33']), r"layer: '33'. Did you mean '3'\? Allowed: 0, 3, 8"),
     (dict(layers=nn.BatchNorm2d), r'BatchNorm2d.*Allowed: Conv1d, Conv2d'),
     (dict(layers=5), r'layers: 5'),
-    (dict(layers=None), r'layers: None'),
+    (dict(layers=[None]), r'layers: None'),
     (dict(layers=[]), r'Nothing to prune: layers=\[\].* of 0, 3, 8'),
     (dict(layers=lambda m: False), r'Nothing to prune.* of 0, 3, 8'),
     (dict(layers=half), r'Sequential.*Allowed: 0, 3, 8'),
-    (dict(layers='8', granularity='kernel'), r"Layer '8' \(Linear\).*no granularity 'kernel', but 'weight'"),
+    (dict(layers='8', granularity='kernel'), r"Layer '8' \(Linear\).*does not support granularity 'kernel', only 'weight'"),
     (dict(layers=nn.Linear, granularity='filter'), r"Nothing to prune.*'filter'"),
     (dict(granularity='layer', context='local'), r"'layer' removes whole layers.*context='global'"),
     (dict(granularity='3:6', sparsity=None), r"Layer '0' \(Conv2d\).*4 input channels do not divide by 6, as '3:6' needs.*layers"),
@@ -151,7 +151,7 @@ def with_weight(value):
 
 @pytest.mark.parametrize('make,message', [
     (lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(144)), r'Nothing to prune: Sequential has no convolution and no linear layer'),
-    (parametrized, r"Layer '3'.*computes its weight from others.*remove its parametrization"),
+    (parametrized, r"Layer '3'.*computes its weight from other tensors.*Remove its parametrization"),
     (lambda: with_weight(math.nan), r"Layer '3' \(Conv2d\) has NaN or infinite weights"),
     (lambda: with_weight(math.inf), r"Layer '3' \(Conv2d\) has NaN or infinite weights"),
 ], ids=['no layers', 'parametrized', 'nan', 'inf'])

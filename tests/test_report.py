@@ -1,4 +1,4 @@
-"Tables and plots show the numbers that are in the weights."
+"Tables and plots show the numbers of zeros in the weights."
 import matplotlib.pyplot as plt
 import pytest
 from onecycle_prune.all import *
@@ -9,7 +9,7 @@ from conftest import n_zeros, tiny_net
 
 @pytest.fixture
 def pruned():
-    "A network with a different share of zeros in each layer"
+    "A network with a different sparsity in each layer"
     net = tiny_net()
     Sparsifier(net).prune({'0': .25, '3': .5, '8': .9})
     return net
@@ -25,7 +25,7 @@ def count(w): return sum(1 for v in w.flatten().tolist() if v == 0)
 
 
 def test_report_counts(pruned):
-    pruned[1].weight.data.zero_(), pruned[8].bias.data.zero_()  # neither is counted
+    for t in (pruned[1].weight, pruned[8].bias): t.data.zero_()  # neither is counted
     df = sparsity_report(pruned)
     assert list(df) == ['layer', 'kind', 'shape', 'weights', 'zeros', 'sparsity']
     for row, name in zip(df.itertuples(), '038'):
@@ -41,7 +41,7 @@ def test_report_total(pruned):
 
 
 def test_report_reads_weights_alone(pruned):
-    "A change of the weights shows, whatever pruned them"
+    "The report shows the weights as they are now"
     pruned[0].weight.data.fill_(1.)
     assert sparsity_report(pruned).zeros.tolist() == [0, 576, 58, 634]
 
@@ -51,6 +51,17 @@ def test_report_counts_shared_weight_once():
     b.weight = a.weight
     a.weight.data.view(-1)[:4] = 0
     assert sparsity_report(nn.Sequential(a, b)).weights.tolist() == [16, 16]
+
+
+def test_report_takes_a_learner(new_learner, pruned):
+    "A learner stands for its model"
+    assert sparsity_report(new_learner(pruned)).equals(sparsity_report(pruned))
+
+
+@pytest.mark.parametrize('use', [sparsity_report, plot_layers, lambda m: plot_layers({'a': tiny_net(), 'b': m})])
+@pytest.mark.parametrize('model', [nn.Linear, tiny_net, 'resnet18', None])
+def test_no_model(use, model):
+    with pytest.raises(ValueError, match='A model is an nn.Module, or a Learner that has one, got'): use(model)
 
 
 @pytest.mark.parametrize('model', [nn.Sequential(), nn.BatchNorm1d(3), nn.LSTM(2, 3)], ids=lambda m: type(m).__name__)
@@ -76,8 +87,13 @@ def test_plot_layers(pruned):
     assert ax.get_xlim() == (0, 1) and ax.get_legend() is None
 
 
-def test_plot_layers_compares(pruned):
-    ax = plot_layers({'dense': tiny_net(), 'pruned': pruned})
+def test_plot_layers_takes_a_learner(new_learner, pruned):
+    assert bars(plot_layers(new_learner(pruned))) == [[72/288, 576/1152, 58/64]]
+
+
+def test_plot_layers_compares(new_learner, pruned):
+    "Models and learners may be mixed"
+    ax = plot_layers({'dense': tiny_net(), 'pruned': new_learner(pruned)})
     assert bars(ax) == [[0, 0, 0], [72/288, 576/1152, 58/64]]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ['dense', 'pruned']
 
@@ -88,15 +104,14 @@ def test_plot_layers_on_axes(pruned):
 
 
 def test_plot_layers_without_layers():
-    "Nothing to draw is no reason to fail in the terms of pandas"
-    try: ax = plot_layers(nn.BatchNorm1d(3))
-    except ValueError as e: assert 'convolution' in str(e)
-    else: assert not ax.patches
+    "If there is nothing to draw, the error says so in words of this package, not of pandas"
+    with pytest.raises(ValueError, match='Nothing to draw.*no convolution and no linear layer'):
+        plot_layers(nn.BatchNorm1d(3))
 
 
 @pytest.mark.parametrize('skip', [0, 3, 5])
 def test_plot_sparsity(new_learner, skip):
-    "Both curves begin and end with the same batch"
+    "Both curves start and end with the same batch"
     learn = new_learner()
     learn.fit(3, 1e-2, cbs=SparsifyCallback(.9))
     ax = learn.recorder.plot_sparsity(skip_start=skip)
@@ -122,16 +137,18 @@ def test_plot_sparsity_of_the_second_training(new_learner):
     assert len(line.get_ydata()) == 10 and line.get_ydata()[-1] == pytest.approx(.5, abs=1e-3)
 
 
-@pytest.mark.parametrize('trained', [False, True])
-def test_plot_sparsity_without_pruning(new_learner, trained):
+@pytest.mark.parametrize('trained,message', [
+    (False, 'was not trained yet, and so not pruned'), (True, 'the last fit was not pruned, and no fit before it')])
+def test_plot_sparsity_without_pruning(new_learner, trained, message):
     learn = new_learner()
     if trained: learn.fit(1, 1e-2)
-    with pytest.raises(ValueError, match='not pruned.*SparsifyCallback'): learn.recorder.plot_sparsity()
+    with pytest.raises(ValueError, match=message+'.*SparsifyCallback'): learn.recorder.plot_sparsity()
 
 
 def test_plot_sparsity_after_dense_training(new_learner):
-    "The curve of an earlier training does not stand beside the losses of the last"
+    "The sparsities of an earlier fit are not drawn with the losses of the last fit"
     learn = new_learner()
     learn.fit(2, 1e-2, cbs=SparsifyCallback(.9))
     learn.fit(2, 1e-2)
-    with pytest.raises(ValueError, match='not pruned'): learn.recorder.plot_sparsity()
+    with pytest.raises(ValueError, match='the last fit was not pruned. An earlier fit was'):
+        learn.recorder.plot_sparsity()

@@ -1,4 +1,4 @@
-"Schedules meet numbers worked out by hand from the published formulas."
+"Schedules give the numbers that the published formulas give by hand."
 import math, pickle
 
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ onecycle_points = [(0, .002473452639), (5/14, .269031641162), (6/14, .5001677313
 def test_onecycle(pos, s):
     assert sched_onecycle(0, 1, pos) == close(s)
     assert SchedOneCycle(0, 1)(pos) == close(s)
-    # .2 + (.9-.2)*s: a start that is not 0 counts, and an end that is not 1
+    # .2 + (.9-.2)*s: the start need not be 0, and the end need not be 1
     assert SchedOneCycle(.2, .9)(pos) == close(.2 + .7*s)
 
 
@@ -36,13 +36,13 @@ def test_oneshot(): assert [SchedOneShot(.2, .9)(p) for p in (0, .3, 1)] == [.9]
 @pytest.mark.parametrize('n_steps,pos,s', [
     (3, 0, 0), (3, .001, 1/3), (3, 1/3, 1/3), (3, .334, 2/3), (3, 2/3, 2/3), (3, .667, 1), (3, 1, 1),
     (4, .25, .25), (4, .2501, .5), (1, 0, 0), (1, .001, 1),
-    (10, .1+.2, .3)])  # a float's error above .3, the edge of the third step
+    (10, .1+.2, .3)])  # rounding puts it slightly above .3, the edge of the third step
 def test_iterative(n_steps, pos, s):
     assert SchedIterative(0, 1, n_steps)(pos) == close(s)
     assert sched_iterative(.2, .9, pos, n_steps) == close(.2 + .7*s)
 
 
-def test_iterative_steps(): assert SchedIterative(0, 1)(.5) == close(2/3)  # three steps unless told
+def test_iterative_steps(): assert SchedIterative(0, 1)(.5) == close(2/3)  # three steps by default
 
 
 # 1-(1-t)^3: .75^3 = .421875, .5^3 = .125, .25^3 = .015625
@@ -75,19 +75,25 @@ named = dict(
 def test_named(name, pos, s): assert get_schedule(name)(pos) == close(s)
 
 
-def test_all_named(): assert set(schedules) == set(named)
+def test_all_named(): assert set(schedules) == {*named, *schedule_aliases}
+
+
+@pytest.mark.parametrize('alias,schedule', [('linear', lin), ('cosine', cos), ('cubic', agp)])
+def test_aliases(alias, schedule):
+    "A second name gives the very same schedule"
+    assert schedules[alias] is schedule and get_schedule(alias) is schedule and alias in schedule_aliases
 
 
 @pytest.mark.parametrize('name', named)
 def test_monotone(name):
-    "Never back; dense-sparse-dense until its middle, then never forth"
+    "A schedule never falls, except dense-sparse-dense, which rises to its middle and then never rises again"
     ys = [schedules[name](i/1000) for i in range(1001)]
     peak = 500 if name == 'dsd' else 1000
     assert ys == sorted(ys[:peak]) + sorted(ys[peak:], reverse=True)
 
 
 @pytest.mark.parametrize('name', set(named)-{'dsd'})
-def test_ends_exactly(name): assert schedules[name](1) == 1  # not nearly: the target is met to the last weight
+def test_ends_exactly(name): assert schedules[name](1) == 1  # exactly, so that not one weight is missing
 
 
 def test_window():
@@ -97,7 +103,7 @@ def test_window():
 
 
 def test_window_before():
-    "Nothing goes before the start, also where the annealing itself begins above 0"
+    "Before the start the progress is 0, also if the annealing itself starts above 0"
     s = Schedule(SchedOneCycle(.5, 1), start_pct=.3)
     assert s(.29) == 0 and s(.3) > .5
 
@@ -108,7 +114,7 @@ def test_plain_function():
 
 
 def test_float_error():
-    "A curve may miss its end by a float's error, and is put right"
+    "A curve that leaves [0, 1] by a rounding error is corrected"
     assert get_schedule(lambda pos: pos*(1 + 1e-9))(1) == 1
     assert get_schedule(lambda pos: pos - 1e-9)(0) == 0
 
@@ -119,13 +125,13 @@ def test_schedule_itself():
 
 
 def test_combine():
-    "Composes with fastai's own: up in the first half, down again in the second"
+    "combine_scheds of fastai works: up in the first half, down in the second"
     s = combine_scheds([.5, .5], [SchedOneCycle(0, 1), SchedOneCycle(1, 0)])
     assert [s(p) for p in (.25, .75, 1)] == pytest.approx([.731303821454, 1-.731303821454, 0], abs=1e-6)
 
 
 def test_param_scheduler():
-    "Drives a learning rate in fastai's own scheduler"
+    "ParamScheduler of fastai can schedule a learning rate with it"
     learn = synth_learner(n_trn=14)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=ParamScheduler({'lr': SchedOneCycle(0, .1)}))
     lrs = learn.recorder.hps['lr']
@@ -145,15 +151,50 @@ def test_pickle(f):
 
 @pytest.mark.parametrize('f', [
     SchedCos(0, 90), SchedLin(0, -.1), lambda pos: math.nan, lambda pos: math.inf,
-    lambda pos: 2. if .4 < pos < .41 else pos],  # not at its ends alone
+    lambda pos: 2. if .4 < pos < .41 else pos],  # not only at its ends
     ids=['percent', 'negative', 'nan', 'inf', 'bump'])
 def test_leaves(f):
+    "A curve outside [0, 1] raises an error when the schedule is built"
     with pytest.raises(ValueError, match=r'progress in \[0, 1\].* gives '): get_schedule(f)
 
 
-@pytest.mark.parametrize('name,near', [('one_cycel', 'one_cycle'), ('One_Shot', 'one_shot'), ('itrative', 'iterative')])
-def test_nearest(name, near):
-    with pytest.raises(ValueError, match=f"{name}.*Did you mean '{near}'.*agp"): get_schedule(name)
+def test_not_a_curve():
+    "A function that cannot be called with a position raises an error that says so"
+    with pytest.raises(ValueError, match=r'Calling .*SchedCos.* with a position failed'): get_schedule(SchedCos)
+
+
+@pytest.mark.parametrize('name,right', [
+    ('one_cycel', 'one_cycle'), ('One_Shot', 'one_shot'), ('itrative', 'iterative')])
+def test_nearest(name, right):
+    with pytest.raises(ValueError, match=f"{name}.*Did you mean '{right}'.*agp"): get_schedule(name)
+
+
+@pytest.mark.parametrize('word,right', [
+    ('gradual', "'agp'"), ('automated_gradual_pruning', "'agp'"), ('cosine_annealing', "'cosine'"),
+    ('SchedCos', "'cosine'"), ('sched_lin', "'linear'"), ('dense_sparse_dense', "'dsd'"), 
+    ('constant', 'lambda pos: 1, '), ('none', 'lambda pos: 1, ')])
+def test_hints(word, right):
+    "A word of another library is answered with the same schedule"
+    with pytest.raises(ValueError, match=f"Did you mean {right}.*Allowed: one_cycle, .*linear"): get_schedule(word)
+
+
+@pytest.mark.parametrize('word', ['polynomial', 'exponential', 'step', 'sigmoid', 'cyclic', 'warmup'])
+def test_no_hint(word):
+    "A word that no schedule here means has no hint"
+    with pytest.raises(ValueError, match='^((?!Did you mean).)*$'): get_schedule(word)
+
+
+def test_class():
+    "A class is not a schedule, and its instance is"
+    with pytest.raises(ValueError, match='Did you mean an instance, such as Schedule.*Allowed: one_cycle'):
+        get_schedule(Schedule)
+
+
+@pytest.mark.parametrize('schedule,shown', [
+    (one_cycle, 'Schedule(sched_onecycle(α=14.0, β=6.0))'), (agp, 'Schedule(sched_agp, start_pct=0.2)'),
+    (Schedule(SchedIterative(0, 1, 5), .1, .9), 'Schedule(sched_iterative(n_steps=5), start_pct=0.1, end_pct=0.9)'),
+    (lin, 'Schedule(sched_lin)')])
+def test_repr(schedule, shown): assert repr(schedule) == shown
 
 
 @pytest.mark.parametrize('schedule', ['', 'qqq', None, .9, ['agp']])
@@ -162,7 +203,7 @@ def test_unknown(schedule):
 
 
 @pytest.mark.parametrize('start,end', [(.5, .5), (.8, .2), (-.1, 1), (0, 1.1), (math.nan, 1), (0, math.nan)])
-def test_window_refused(start, end):
+def test_wrong_window(start, end):
     with pytest.raises(ValueError, match='start_pct < end_pct'): Schedule(SchedLin(0, 1), start, end)
 
 
@@ -176,7 +217,7 @@ def curves(ax): return [list(l.get_ydata()) for l in ax.lines]
 
 
 def test_plot(axes):
-    "Any number of curves, in the axes given; five positions are the quarters"
+    "Any number of curves in the given axes; five positions are the quarters"
     ax = plot_schedules('lin', SchedAGP(0, 1), lambda pos: pos**2, n=5, ax=axes)
     assert ax is axes
     assert curves(ax) == [close(ys) for ys in
@@ -188,20 +229,22 @@ def test_plot_sparsity(axes): assert curves(plot_schedules('lin', sparsity=.8, n
 
 
 def test_plot_all(axes):
+    "Without names, each schedule is drawn once, under its first name"
     ax = plot_schedules()
     assert ax is not axes
     assert [t.get_text() for t in ax.get_legend().get_texts()] == list(named)
 
 
 def test_plot_labels(axes):
-    "A name here, or that of the curve, within a window too"
+    "The label is the name of the schedule or else of its curve, also within a window"
     given = [agp, SchedAGP(0, 1), Schedule(SchedAGP(0, 1), .1), SchedCos(0, 1), Schedule(SchedCos(0, 1), .1)]
-    ax = plot_schedules(*given, ax=axes)
-    assert [l.get_label() for l in ax.lines] == ['agp', 'sched_agp', 'sched_agp', 'sched_cos', 'sched_cos']
+    ax = plot_schedules(*given, 'cubic', ax=axes)
+    assert [l.get_label() for l in ax.lines] == ['agp', 'sched_agp', 'sched_agp', 'sched_cos', 'sched_cos', 'cubic']
 
 
-def test_plot_labels_tell_apart(axes):
-    "Settings are named, and a curve that fastai has composed is in the legend too, which leaves out names with an underscore"
+def test_plot_labels_differ(axes):
+    "Settings are in the label; a composed curve of fastai is in the legend, though its name starts with an underscore"
     composed = combine_scheds([.5, .5], [SchedCos(0, .5), SchedCos(.5, 1)])
-    labels = [t.get_text() for t in plot_schedules('one_cycle', SchedOneCycle(0, 1, α=20, β=8), composed, ax=axes).get_legend().get_texts()]
+    ax = plot_schedules('one_cycle', SchedOneCycle(0, 1, α=20, β=8), composed, ax=axes)
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
     assert labels[:2] == ['one_cycle', 'sched_onecycle(α=20, β=8)'] and len(labels) == 3
