@@ -103,8 +103,9 @@ class Tied(nn.Module):
     "Two linear layers with one weight, and an output layer with the weight of the embedding"
     def __init__(self):
         super().__init__()
-        self.embed, self.out = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.embed = nn.Embedding(20, 8)
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 20)
         self.second.weight, self.out.weight = self.first.weight, self.embed.weight
     def forward(self, x): return self.out(self.second(self.first(self.embed(x)).tanh())).mean(1)
 
