@@ -204,7 +204,7 @@ def test_reparametrized(new_learner, norm):
     net = tiny_net()
     norm(net[3])
     learn, before = new_learner(net), bits(net)
-    with pytest.raises(ValueError, match=r"Layer '3' \(.*Conv2d\) computes its weight.*remove its parametrization"):
+    with pytest.raises(ValueError, match=r"Layer '3' \(.*Conv2d\) computes its weight.*Remove its parametrization"):
         learn.fit(1, cbs=SparsifyCallback(.9))
     assert_same(bits(net), before)
 
@@ -214,7 +214,7 @@ def test_reparametrized_attention(norm):
     "A reparametrized projection of attention raises the same error"
     net = nn.TransformerEncoderLayer(8, 2, 16)
     norm(net.self_attn, 'in_proj_weight')
-    message = r"Layer 'self_attn\.in_proj'.*computes its weight.*remove its parametrization"
+    message = r"Layer 'self_attn\.in_proj'.*computes its weight.*Remove its parametrization"
     with pytest.raises(ValueError, match=message):
         Sparsifier(net)
 

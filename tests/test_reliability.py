@@ -275,7 +275,7 @@ class TestResume:
         learn, cb = new_learner(), partial(prune, .9, criteria='movement')
         learn.fit(2, 1e-2, cbs=[cb(), SaveModelCallback(every_epoch=True)])
         other = new_learner()
-        with pytest.raises(ValueError, match='sparsity_memory.pth is of another training'):
+        with pytest.raises(ValueError, match='sparsity_memory.pth belongs to another training'):
             other.fit(3, 1e-2, start_epoch=2, cbs=cb())
         (learn.path/'models'/'sparsity_memory.pth').unlink()
         with pytest.raises(FileNotFoundError, match='movement compares with the start of training.*train from epoch 0'):
