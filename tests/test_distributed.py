@@ -31,7 +31,7 @@ def as_ints(net):
 
 
 def train(learn, criterion='large_final', context='local', cbs=(), **kwargs):
-    "Train with pruning; return the weights before, the masks before each epoch, the state after each batch, and the end"
+    "Train with pruning; return the weights before, the masks before each epoch, the state after each batch, the end"
     net, cb, masks = learn.model, SparsifyCallback(.9, context=context, criteria=criterion), []
     before = as_ints(net)
     note = Callback(before_train=lambda self: masks.append(cb.sparsifier.masks))

@@ -104,7 +104,7 @@ class TestExactness:
     @pytest.mark.slow
     def test_threads(self, tmp_path, at_target, with_fasterai):
         "One thread and two prune the same weights"
-        # PyTorch's own training differs in the last bits, so noise changes the weights here, and the learning rate is 0.
+        # PyTorch's own training differs in the last bits. So noise changes the weights, and the learning rate is 0.
         # Each runs in a process of its own, since PyTorch remembers that it had two threads.
         def run(n_threads):
             code = new_process.format(path=str(tmp_path)) + f"""
