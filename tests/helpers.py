@@ -1,18 +1,25 @@
-"What several test files need: small layers with known weights."
+"Looking at a training and at a model, comparing them, and the callback of fasterai."
+import subprocess, sys, textwrap
+from functools import partial
+from pathlib import Path
+
 import torch
+from fastai.basics import Callback
+from onecycle_prune.callback import SparsifyCallback
 from torch import nn
 
-
-def fill(m, values):
-    "Give `m` the weights `values`, in any shape of as many numbers, and return it"
-    with torch.no_grad(): m.weight.copy_(torch.as_tensor(values, dtype=m.weight.dtype).view_as(m.weight))
-    return m
+# For tensors or dicts of them, bit for bit.
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
 
-def line(*values): return fill(nn.Linear(len(values), 1, bias=False), values)
+def bits(model):
+    "A copy of everything in the `state_dict`"
+    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def zeros(m): return (m.weight == 0).flatten().tolist()
+def zeros(m):
+    "Which weights of the layer `m` are zero, as a flat list"
+    return (m.weight == 0).flatten().tolist()
 
 
 def channel(m, c):
@@ -21,3 +28,39 @@ def channel(m, c):
     n_in, n_out = m.in_channels//m.groups, m.out_channels//m.groups
     g = c//n_out
     return m.weight[g*n_in:(g+1)*n_in, c%n_out]
+
+
+class Probe(Callback):
+    "Keep the values of `f(model)` after each batch of training, or of validation, in `seen`"
+    order = SparsifyCallback.order + 1
+    def __init__(self, f, when='train'): self.f, self.seen, self.when = f, [], when
+    def after_batch(self):
+        if (self.when == 'train') == self.training: self.seen.append(self.f(self.model))
+
+
+def before_training_batches(f):
+    "A callback that calls `f(learner)` before each training batch"
+    return Callback(before_batch=lambda self: f(self.learn) if self.training else None)
+
+
+def run_python(code, **kwargs):
+    "Run `code` in a new Python process that can import the tests' modules; keywords go to `subprocess.run`"
+    start = f'import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n'
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', start + textwrap.dedent(code)], timeout=120, **kwargs)
+
+
+def fasterai_callback(sparsity, context='local', layers=(nn.Conv2d, nn.Linear), **kwargs):
+    "fasterai's callback with the same schedule and criterion"
+    from fasterai.core.criteria import large_final
+    from fasterai.core.schedule import one_cycle
+    from fasterai.sparse.sparsify_callback import SparsifyCallback
+    return SparsifyCallback(sparsity, 'weight', context, large_final, one_cycle, layer_type=layers, **kwargs)
+
+
+def our_callback(sparsity, context='local', **kwargs):
+    "Ours, with the context that is fasterai's default"
+    return SparsifyCallback(sparsity, context=context, **kwargs)
+
+
+# For the tests of other files, until they import from networks.
+from networks import fill, line  # noqa: E402,F401

@@ -1,9 +1,11 @@
-"Networks that people train, for a few batches: each ends exactly as sparse as asked, and loads into one that was never pruned."
+"Well-known networks, trained for a few batches: each ends exactly at its sparsity, and loads into a dense one."
 import pandas as pd, pytest, torch
 from fastai.basics import Callback, DataLoader, DataLoaders, Learner
 from fastai.tabular.all import Categorify, CategoryBlock, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.all import unet_learner
-from onecycle_prune.all import *
+from onecycle_prune.callback import SparsifyCallback
+from onecycle_prune.granularity import conv, linear
+from onecycle_prune.sparsifier import Sparsifier
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
@@ -11,27 +13,32 @@ from torchvision.models import ConvNeXt, VisionTransformer, mobilenet_v2, resnet
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.vgg import cfgs, make_layers
 
-from conftest import assert_same, bits, hush, tiny_data, tiny_net
+from helpers import assert_same, bits
+from networks import silence, tiny_data, tiny_net
+from reference import places
 
 area = 'Models'
 contexts = pytest.mark.parametrize('context', ['local', 'global'])
 gen = torch.Generator().manual_seed(0)
-images, tokens, classes = torch.randn(12, 3, 32, 32, generator=gen), torch.randint(20, (12, 5), generator=gen), torch.randint(2, (12,), generator=gen)
+images = torch.randn(12, 3, 32, 32, generator=gen)
+tokens = torch.randint(20, (12, 5), generator=gen)
+classes = torch.randint(2, (12,), generator=gen)
 
 
-### What is held
+### What is asserted
 
 def weights(net):
-    "The weights of convolutions and linear layers, attention's projections too: each once, by where it is found first"
+    "The weights of convolutions and linear layers and of attention's projections, each once, under its first name"
     res = {}
     for n, m in net.named_modules():
         if isinstance(m, conv+linear): res.setdefault(id(m.weight), (n, m.weight))
-        if isinstance(m, nn.MultiheadAttention): res.setdefault(id(m.in_proj_weight), (f'{n}.in_proj', m.in_proj_weight))
+        if isinstance(m, nn.MultiheadAttention):
+            res.setdefault(id(m.in_proj_weight), (f'{n}.in_proj', m.in_proj_weight))
     return dict(res.values())
 
 
-class Others(Callback):
-    "From the optimizer's step to the end of the batch, when pruning takes place, nothing but those weights changes"
+class WatchOthers(Callback):
+    "Assert that from the optimizer's step to the end of the batch nothing but those weights changes"
     order = SparsifyCallback.order - 1
     def others(self):
         pruned = {w.data_ptr() for w in weights(self.model).values()}
@@ -42,27 +49,27 @@ class Others(Callback):
 
 
 def prune(learn, context='local'):
-    "Train an epoch, in which parameters stay where they are"
-    def place(): return [(id(p), p.data_ptr(), p.stride()) for p in learn.model.parameters()]
-    before = place()
-    hush(learn).fit(1, 1e-3, cbs=[SparsifyCallback(.9, context=context), Others()])
-    assert place() == before
+    "Train for an epoch, in which parameters stay in place"
+    before = places(learn.model)
+    silence(learn).fit(1, 1e-3, cbs=[SparsifyCallback(.9, context=context), WatchOthers()])
+    assert places(learn.model) == before
     return learn
 
 
 def learner(net, x=images, y=classes, valid=4):
-    "Three batches of four to train on; noise, as nothing has to be learned"
+    "A learner with three training batches of four items of noise"
     items = [*zip(x, y)]
-    return hush(Learner(DataLoaders(DataLoader(items, bs=4), DataLoader(items[:valid], bs=4)), net, nn.CrossEntropyLoss()))
+    dls = DataLoaders(DataLoader(items, bs=4), DataLoader(items[:valid], bs=4))
+    return silence(Learner(dls, net, nn.CrossEntropyLoss()))
 
 
 def assert_pruned(net, fresh, *xs, context='local'):
-    "Zeros are exact, and a `fresh` network gives the same for `xs` once it has this one's `state_dict`"
+    "Counts are exact, and a `fresh` network with the `state_dict` of `net` has the same outputs for `xs`"
     zeros = {n: (int((w == 0).sum()), w.numel()) for n, w in weights(net).items()}
     if context == 'local': assert zeros == {n: (min(round(.9*k), k-1), k) for n, (_, k) in zeros.items()}
     else:
-        pruned, total = map(sum, zip(*zeros.values()))
-        assert pruned == round(.9*total) and all(z < k for z, k in zeros.values())
+        n_pruned, total = map(sum, zip(*zeros.values()))
+        assert n_pruned == round(.9*total) and all(z < k for z, k in zeros.values())
     fresh.load_state_dict(net.state_dict(), strict=True)
     with torch.no_grad(): assert_same(fresh.eval()(*xs), net.eval()(*xs))
 
@@ -70,20 +77,22 @@ def assert_pruned(net, fresh, *xs, context='local'):
 ### Networks
 
 def vgg11_bn():
-    "As in torchvision, an eighth as wide"
+    "torchvision's, with an eighth of the channels"
     features = make_layers([c if c == 'M' else c//8 for c in cfgs['A']], batch_norm=True)
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 2))
+    head = nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 2)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
 
 
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.lstm, self.head = nn.Embedding(20, 8), nn.LSTM(8, 8, 2, bidirectional=True, batch_first=True), nn.Linear(16, 2)
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(16, 2)
+        self.lstm = nn.LSTM(8, 8, 2, bidirectional=True, batch_first=True)
     def forward(self, x): return self.head(self.lstm(self.embed(x))[0][:, -1])
 
 
 class Twice(nn.Module):
-    "One convolution in two places of the forward"
+    "One convolution that the forward pass uses twice"
     def __init__(self):
         super().__init__()
         self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 2)
@@ -91,10 +100,12 @@ class Twice(nn.Module):
 
 
 class Tied(nn.Module):
-    "Two linear layers of one weight, and an output that is the embedding"
+    "Two linear layers with one weight, and an output layer with the weight of the embedding"
     def __init__(self):
         super().__init__()
-        self.embed, self.first, self.second, self.out = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+        self.embed = nn.Embedding(20, 8)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 20)
         self.second.weight, self.out.weight = self.first.weight, self.embed.weight
     def forward(self, x): return self.out(self.second(self.first(self.embed(x)).tanh())).mean(1)
 
@@ -104,37 +115,41 @@ imaging = dict(
     vgg11_bn=vgg11_bn,
     mobilenet_v2=lambda: mobilenet_v2(width_mult=.25, num_classes=2),
     convnext=lambda: ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 2)], num_classes=2),
-    vit=lambda: VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=2),
+    vit=lambda: VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64,
+        num_classes=2),
     twice=Twice)
 
 
 @contexts
 @pytest.mark.parametrize('make', imaging.values(), ids=imaging)
 def test_images(make, context):
-    "ResNet, VGG, MobileNet with its depthwise convolutions, ConvNeXt, a vision transformer, a module that is used twice"
+    "ResNet, VGG, MobileNet with depthwise convolutions, ConvNeXt, a vision transformer, a module that is used twice"
     net = prune(learner(make()), context).model
     assert_pruned(net, make(), images, context=context)
 
 
-@pytest.mark.parametrize('make', [imaging[n] for n in ('resnet18', 'mobilenet_v2', 'convnext')], ids=['resnet18', 'mobilenet_v2', 'convnext'])
-def test_channels_last(make):
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v2', 'convnext'])
+def test_channels_last(name):
     "Convolutional networks in channels-last layout"
-    last = dict(memory_format=torch.channels_last)
+    make, last = imaging[name], dict(memory_format=torch.channels_last)
     net = prune(learner(make().to(**last))).model
     assert any(p.dim() == 4 and not p.is_contiguous() for p in net.parameters())
     assert_pruned(net, make().to(**last), images.to(**last))
 
 
 def test_attention():
-    "The packed projection of queries, keys and values is a layer as any other"
+    "The packed projection of queries, keys and values is pruned like any layer"
     net = prune(learner(imaging['vit']())).model
-    assert [int((m.in_proj_weight == 0).sum()) for m in net.modules() if isinstance(m, nn.MultiheadAttention)] == [round(.9*96*32)]*2
+    projections = [m.in_proj_weight for m in net.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert [int((w == 0).sum()) for w in projections] == [round(.9*96*32)]*2
 
 
+@pytest.mark.slow
 @contexts
 def test_unet(context):
-    "A U-Net of fastai's"
-    def make(): return unet_learner(dls, resnet18, n_out=2, pretrained=False, normalize=False, loss_func=nn.CrossEntropyLoss())
+    "fastai's U-Net"
+    def make():
+        return unet_learner(dls, resnet18, n_out=2, pretrained=False, normalize=False, loss_func=nn.CrossEntropyLoss())
     items = [*zip(images[:8], (images[:8, 0] > 0).long())]
     dls = DataLoaders(DataLoader(items, bs=4), DataLoader(items[:4], bs=4))
     net = prune(make(), context).model
@@ -143,10 +158,10 @@ def test_unet(context):
 
 @contexts
 def test_tabular(context):
-    "A tabular learner: its embeddings stay, its linear layers are pruned"
-    df = pd.DataFrame(dict(a=tokens[:, 0], b=tokens[:, 1], c=images[:, 0, 0, 0], d=images[:, 0, 0, 1], y=classes)).loc[[*range(12)]*2]
-    dls = TabularDataLoaders.from_df(df.reset_index(drop=True), procs=[Categorify, Normalize], cat_names=['a', 'b'], cont_names=['c', 'd'],
-        y_names='y', y_block=CategoryBlock(), valid_idx=[*range(4)], bs=4)
+    "A tabular learner: its linear layers are pruned, its embeddings are not"
+    df = pd.DataFrame(dict(a=tokens[:, 0], b=tokens[:, 1], c=images[:, 0, 0, 0], d=images[:, 0, 0, 1], y=classes))
+    dls = TabularDataLoaders.from_df(pd.concat([df, df], ignore_index=True), procs=[Categorify, Normalize],
+        cat_names=['a', 'b'], cont_names=['c', 'd'], y_names='y', y_block=CategoryBlock(), valid_idx=[*range(4)], bs=4)
     def make(): return tabular_learner(dls, layers=[16, 8])
     net = prune(make(), context).model
     assert_pruned(net, make().model, *dls.valid.one_batch()[:2], context=context)
@@ -154,7 +169,7 @@ def test_tabular(context):
 
 
 def test_lstm():
-    "A linear head is pruned; the recurrent weights are not"
+    "An LSTM: its linear head is pruned, its recurrent weights are not"
     net = prune(learner(Recurrent(), tokens)).model
     assert_pruned(net, Recurrent(), tokens)
     assert [*weights(net)] == ['head'] and all(p.all() for p in [*net.lstm.parameters(), net.embed.weight])
@@ -162,7 +177,7 @@ def test_lstm():
 
 @contexts
 def test_tied(context):
-    "A weight in two places is counted once, and both see its zeros"
+    "A weight that two modules share is counted once, and both see its zeros"
     learn = prune(learner(Tied(), tokens), context)
     net = learn.model
     assert net.second.weight is net.first.weight and net.out.weight is net.embed.weight
@@ -173,36 +188,40 @@ def test_tied(context):
     assert (net.embed.weight == 0).sum() + (net.second.weight == 0).sum() == sum(counts)
 
 
-### What is refused, or left out
+### What raises an error, or is left out
 
-norms = dict(weight_norm=parametrizations.weight_norm, spectral_norm=parametrizations.spectral_norm, old_weight_norm=weight_norm,
-    old_spectral_norm=spectral_norm)
-norms = pytest.mark.parametrize('norm', norms.values(), ids=norms)
-old_form = pytest.mark.filterwarnings('ignore::FutureWarning')  # torch's own
+new_norms = dict(weight_norm=parametrizations.weight_norm, spectral_norm=parametrizations.spectral_norm)
+all_norms = new_norms | dict(old_weight_norm=weight_norm, old_spectral_norm=spectral_norm)
+with_new_norms = pytest.mark.parametrize('norm', new_norms.values(), ids=new_norms)
+with_all_norms = pytest.mark.parametrize('norm', all_norms.values(), ids=all_norms)
+no_old_norm_warning = pytest.mark.filterwarnings('ignore::FutureWarning')  # PyTorch's own
 
 
-@norms
-@old_form
-def test_computed_weights(new_learner, norm):
-    "Weights that are computed from others: refused by name, and nothing has changed by then, not the state of a spectral norm either"
+@with_all_norms
+@no_old_norm_warning
+def test_reparametrized(new_learner, norm):
+    "Reparametrized weights raise an error that names the layer, before anything changes, even a spectral norm's state"
     net = tiny_net()
     norm(net[3])
     learn, before = new_learner(net), bits(net)
-    with pytest.raises(ValueError, match=r"Layer '3' \(.*Conv2d\) computes its weight.*remove its parametrization"): learn.fit(1, cbs=SparsifyCallback(.9))
+    with pytest.raises(ValueError, match=r"Layer '3' \(.*Conv2d\) computes its weight.*Remove its parametrization"):
+        learn.fit(1, cbs=SparsifyCallback(.9))
     assert_same(bits(net), before)
 
 
-@pytest.mark.parametrize('norm', [parametrizations.weight_norm, parametrizations.spectral_norm], ids=['weight_norm', 'spectral_norm'])
-def test_computed_attention(norm):
-    "The packed projection of attention too"
+@with_new_norms
+def test_reparametrized_attention(norm):
+    "A reparametrized projection of attention raises the same error"
     net = nn.TransformerEncoderLayer(8, 2, 16)
     norm(net.self_attn, 'in_proj_weight')
-    with pytest.raises(ValueError, match=r"Layer 'self_attn\.in_proj'.*computes its weight.*remove its parametrization"): Sparsifier(net)
+    message = r"Layer 'self_attn\.in_proj'.*computes its weight.*Remove its parametrization"
+    with pytest.raises(ValueError, match=message):
+        Sparsifier(net)
 
 
-@pytest.mark.parametrize('norm', [parametrizations.weight_norm, parametrizations.spectral_norm], ids=['weight_norm', 'spectral_norm'])
-def test_no_longer_computed(new_learner, norm):
-    "What the refusal of computed weights advises helps"
+@with_new_norms
+def test_parametrization_removed(new_learner, norm):
+    "Once the parametrization is removed, as the error advises, the layer is pruned"
     net = tiny_net()
     norm(net[3])
     parametrize.remove_parametrizations(net[3], 'weight')
@@ -210,10 +229,10 @@ def test_no_longer_computed(new_learner, norm):
     assert_pruned(net, tiny_net(), tiny_data()[0])
 
 
-@norms
-@old_form
-def test_computed_is_left_out(new_learner, norm):
-    "Where others are pruned, a layer that is left out trains as it would have"
+@with_all_norms
+@no_old_norm_warning
+def test_reparametrized_left_out(new_learner, norm):
+    "A reparametrized layer that is left out trains as without pruning"
     def run(*cbs):
         net = tiny_net()
         norm(net[3])
@@ -226,10 +245,11 @@ def lazy(): return nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.R
 
 
 def test_lazy():
-    "Lazy modules: refused with a hint before the first batch, and pruned after one"
+    "Lazy modules: an error with a hint before the first batch, pruned after one"
     net = lazy()
     learn = learner(net)
-    with pytest.raises(ValueError, match='no weights yet: 0, 4. Pass a batch through the model first'): learn.fit(1, cbs=SparsifyCallback(.9))
+    with pytest.raises(ValueError, match='no weights yet: 0, 4. Pass a batch through the model first'):
+        learn.fit(1, cbs=SparsifyCallback(.9))
     assert nn.parameter.is_lazy(net[0].weight) and nn.parameter.is_lazy(net[4].weight)
     fresh = lazy()
     for o in net, fresh: o(images)
@@ -240,7 +260,7 @@ def test_lazy():
 
 @pytest.fixture
 def compiled():
-    "A function that trains a compiled network with `cbs`, and returns the network and what the compiler has counted"
+    "A function that trains a compiled network with `cbs`, and returns the network and the compiler's counters"
     def _train(*cbs, valid=4, **kwargs):
         torch._dynamo.reset()
         counters.clear()
@@ -255,7 +275,7 @@ def compiled():
 
 @pytest.mark.parametrize('kwargs', [{}, dict(context='global'), dict(granularity='filter')], ids=str)
 def test_compiled_counts(compiled, kwargs):
-    "torch.compile: pruning breaks no graph and compiles nothing again: the compiler has counted what it has without pruning"
+    "torch.compile: pruning breaks no graph and recompiles nothing, by the compiler's counters"
     _, dense = compiled()
     net, pruned = compiled(SparsifyCallback(.9, **kwargs))
     assert pruned == dense and dense['stats']['unique_graphs'] and 'graph_break' not in dense
@@ -263,7 +283,8 @@ def test_compiled_counts(compiled, kwargs):
 
 
 def test_compiled(compiled):
-    "torch.compile: one graph, never compiled again, and the network inside can be had without the compiler"
-    with torch._dynamo.config.patch(error_on_recompile=True): net, counts = compiled(SparsifyCallback(.9), fullgraph=True, valid=0)
+    "torch.compile: one graph, never recompiled, and the network inside works without the compiler"
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        net, counts = compiled(SparsifyCallback(.9), fullgraph=True, valid=0)
     assert counts['stats']['unique_graphs'] == 1
     assert_pruned(net, Twice(), images, context='global')
