@@ -2,15 +2,15 @@
 
 - `onecycle_prune.callback`: Pruning in the batches of a fastai training
 - `onecycle_prune.checkpoint`: What a checkpoint does not hold, and what a pruned learner needs around a fit
-- `onecycle_prune.criteria`: How much a weight matters
+- `onecycle_prune.criteria`: A score for each weight: how important it is
 - `onecycle_prune.experiments.bench`: What pruning costs: the time it adds to a step, beside a dense step and the peer's
 - `onecycle_prune.experiments.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
 - `onecycle_prune.experiments.grid`: The paper's experiment: one grid of trainings, that can be stopped and continued
-- `onecycle_prune.granularity`: What goes together: single weights, or groups of them
-- `onecycle_prune.layers`: Which modules are pruned, and what falls silent with them
+- `onecycle_prune.granularity`: Which weights are pruned together: single weights, or groups of them
+- `onecycle_prune.layers`: Which layers are pruned, and which batch norms follow them
 - `onecycle_prune.pools`: The layers that compete, and how many of their groups shall be pruned
-- `onecycle_prune.report`: What came out: tables and plots
-- `onecycle_prune.schedule`: When: how far pruning has come, at each position of the training
+- `onecycle_prune.report`: Tables and plots of a pruned model and of its training
+- `onecycle_prune.schedule`: The share of the target sparsity that is reached at each position of the training
 - `onecycle_prune.select.bits`: The bits of a weight as an integer, zeros written in place, and memory layouts
 - `onecycle_prune.select.core`: The one public function of selection: the exact k lowest of each pool
 - `onecycle_prune.select.numba_backend`: Fused magnitude pruning on a CPU: one pass over the weights

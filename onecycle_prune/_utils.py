@@ -23,14 +23,14 @@ def raise_unknown(
     given, # What the user gave, of any type
     allowed, # The names that exist
     also:str='', # What else is allowed, in words
-    hints:dict={}, # Answers that go before a similar spelling: {lower-case word: the right name, in quotes}
+    hints:dict={}, # Answers that go before a similar spelling: {lower-case word: the right name, in quotes, or '' for none}
     error=ValueError # Class of the exception
 ):
     "Raise an error that says what was `given`, which name was probably meant, and what is `allowed`"
     names = {str(o).lower(): str(o) for o in allowed}
     word = (given if isinstance(given, str) else getattr(given, '__name__', '')).lower()
     close = [repr(names[o]) for o in get_close_matches(word, names, n=1)]
-    hint = hints.get(word) or ''.join(close)
+    hint = hints[word] if word in hints else ''.join(close)
     choices = ', or '.join(filter(None, [', '.join(names.values()), also]))
     raise error(f"Unknown {what}: {given!r}."
                 + (f" Did you mean {hint}?" if hint else '') + (f" Allowed: {choices}." if choices else ''))

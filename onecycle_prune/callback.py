@@ -9,10 +9,10 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/callback.html.md"""
 # %% auto #0
 __all__ = ['epoch_size', 'SparsifyCallback']
 
-# %% ../nbs/08_callback.ipynb #6d38552d
+# %% ../nbs/08_callback.ipynb #5c6a94dd
 import math
 from fastai.callback.training import ShortEpochCallback
-from fastai.learner import Callback, CancelEpochException, CancelFitException, Learner, Recorder, SkipToEpoch
+from fastai.learner import Callback, CancelFitException, Learner, Recorder, SkipToEpoch
 from fastai.torch_core import rank_distrib
 from fastcore.basics import store_attr
 from pathlib import Path
@@ -22,8 +22,9 @@ from .checkpoint import (Override, load_memory, note_pruned, restore_methods, sa
     warn_of_best, weights_hash)
 from .criteria import get_criteria
 from .granularity import get_granularity
+from .layers import check_layers
 from .pools import check_sparsity, get_context
-from .schedule import get_schedule
+from .schedule import get_schedule, schedules
 from .sparsifier import Sparsifier, argument_hints
 
 # %% ../nbs/08_callback.ipynb #c52cbb84
@@ -34,7 +35,7 @@ def epoch_size(
     short = [math.ceil(cb.pct*learn.n_iter) + 1 for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
     return min([learn.n_iter] + short)
 
-# %% ../nbs/08_callback.ipynb #57d13d67
+# %% ../nbs/08_callback.ipynb #22035e70
 class SparsifyCallback(Callback):
     "Prune the model while it trains, from the first batch to the last (Hubens et al., *One-Cycle Pruning*, arXiv 2107.02086)"
     order,run_valid,remove_on_fetch = Recorder.order+1,False,True
@@ -52,15 +53,18 @@ class SparsifyCallback(Callback):
         groups = get_granularity(granularity)
         get_context(context, groups)
         get_criteria(criteria)
+        check_layers(layers)
         sparsity = check_sparsity(sparsity, groups.sparsity)
         schedule = get_schedule(schedule)
         store_attr()
 
     def __repr__(self):
+        granularity = get_granularity(self.granularity)
         criteria = getattr(get_criteria(self.criteria), '__name__', self.criteria)
+        schedule = next((n for n,s in schedules.items() if s is self.schedule), self.schedule)
         layers = '' if self.layers is None else f', layers={self.layers!r}'
-        return (f"SparsifyCallback({self.sparsity}, granularity={self.granularity!r}, context={self.context!r}, "
-                f"criteria={criteria!r}, schedule={self.schedule!r}{layers})")
+        return (f"SparsifyCallback({self.sparsity}, granularity={granularity.name!r}, "
+                f"context={get_context(self.context, granularity)!r}, criteria={criteria!r}, schedule={schedule!r}{layers})")
 
     def before_fit(self):
         "Build the sparsifier, and make room for a column in the training table"
@@ -118,16 +122,17 @@ class SparsifyCallback(Callback):
         start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, start) if start else {}
         self.sparsifier,self.pos = sparsifier,0.
-        Override(self, '_do_epoch', self._guard)
+        Override(self, '_with_events', self._guard)
         if sparsifier.state_dict()['memory']: Override(self, 'save', self._save)
         if self.column=='sparsity' and hasattr(self.learn, 'recorder'):
             self.recorder.sparsities = self.sparsities
             self.recorder.pruned_losses = self.recorder.losses # of this fit; the next one has another list
 
-    def _guard(self, do_epoch):
-        "Train an epoch, and leave the model pruned if it breaks off: then fastai calls no callback"
-        try: do_epoch()
-        except (CancelEpochException, CancelFitException): raise # fastai handles these
+    def _guard(self, with_events, do, event_type, *args):
+        "Run an epoch, and leave the model pruned if it breaks off: then fastai calls no callback"
+        if event_type!='epoch': return with_events(do, event_type, *args)
+        try: with_events(do, event_type, *args)
+        except CancelFitException: raise # `after_fit` follows
         except BaseException: # Ctrl-C too
             self._end()
             raise

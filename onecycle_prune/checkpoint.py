@@ -100,7 +100,7 @@ def warn_of_best(
         warn(f"SaveModelCallback ends with the epoch of the best {monitors[0]}, which may be less sparse than the last one. "
              "To end with the last epoch, set every_epoch, at_end, or monitor='sparsity'.")
 
-# %% ../nbs/07_checkpoint.ipynb #ce2bb545
+# %% ../nbs/07_checkpoint.ipynb #42229e24
 class PrunedBefore(Callback):
     "Warn if the next fit trains weights that an earlier one has pruned"
     order,run_valid = Recorder.order+2,False # after `SparsifyCallback` has built its sparsifier
@@ -123,5 +123,6 @@ def note_pruned(
     names:list[str] # Of the layers that were pruned
 ):
     "Have the learner warn if its next fit trains these layers without a `SparsifyCallback`"
-    if hasattr(learn, 'pruned_before'): learn.pruned_before.names |= set(names)
+    present = [cb for cb in learn.cbs if isinstance(cb, PrunedBefore)]
+    if present: present[0].names |= set(names)
     else: learn.add_cb(PrunedBefore(names))

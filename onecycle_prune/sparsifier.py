@@ -11,14 +11,14 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['argument_hints', 'initial_mask', 'filter_tensors', 'remember_start', 'FiniteCheck', 'Sparsifier']
 
-# %% ../nbs/06_sparsifier.ipynb #a11e7866
+# %% ../nbs/06_sparsifier.ipynb #7a75dab7
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from warnings import warn
 from ._utils import explain_arguments
 from .criteria import get_criteria, large_final
-from .granularity import conv, linear, Granularity, get_granularity, grouped_view
+from .granularity import Granularity, get_granularity, grouped_view
 from .layers import batchnorms_after, choose
 from .pools import check_sparsity, get_context, make_pools
 from .select.bits import zero_
@@ -81,7 +81,7 @@ class FiniteCheck:
         if not scores.isfinite().all():
             raise ValueError(f"Scores of layer '{name}' are NaN or infinite, and cannot be ranked: has the training diverged?")
 
-# %% ../nbs/06_sparsifier.ipynb #688af6db
+# %% ../nbs/06_sparsifier.ipynb #d0c18eee
 #: {what other libraries call an argument: its name here}
 argument_hints = dict(criterion="'criteria'", end_sparsity="'sparsity'", final_sparsity="'sparsity'", amount="'sparsity'",
     layer_type="'layers'", modules="'layers'", schedule_func="'schedule'", sched_func="'schedule'", scope="'context'")
@@ -105,13 +105,14 @@ class Sparsifier:
         self.granularity = get_granularity(granularity)
         self.context = get_context(context, self.granularity)
         self.criteria = get_criteria(criteria)
-        self.chosen = choose(model, layers or (conv, linear), self.granularity)
+        self.chosen = choose(model, layers, self.granularity)
         self.layers = {n: m for n,m in self.chosen.items() if m.weight.requires_grad}
         frozen = [n for n in self.chosen if n not in self.layers]
         if frozen: warn(f"Frozen layers are not pruned: {', '.join(frozen)}.")
         self.pruned = {n: initial_mask(m, self.granularity) for n,m in self.layers.items()} # of groups, True = pruned
         self.filter_tensors = filter_tensors(model, self.layers) if self.granularity.name=='filter' else {}
-        self.memory = remember_start(self.criteria, self.layers, broadcast=isinstance(model, DistributedDataParallel))
+        module = model if isinstance(model, nn.Module) else model.model # a Learner has one
+        self.memory = remember_start(self.criteria, self.layers, broadcast=isinstance(module, DistributedDataParallel))
         self._finite = FiniteCheck()
         self._set_pools(None)
 

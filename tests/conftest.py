@@ -71,8 +71,3 @@ def tolerance(with_fasterai):
     "How far from its target the sparsity of a layer may end: 0, or .05 for fasterai, which is not exact"
     return .05 if with_fasterai else 0
 
-
-# For the tests of other folders, until they import from the modules above.
-from helpers import assert_same, bits  # noqa: E402,F401
-from networks import drawn_pool, dtypes  # noqa: E402,F401
-from reference import by_sort, n_zeros  # noqa: E402,F401

@@ -60,7 +60,3 @@ def fasterai_callback(sparsity, context='local', layers=(nn.Conv2d, nn.Linear), 
 def our_callback(sparsity, context='local', **kwargs):
     "Ours, with the context that is fasterai's default"
     return SparsifyCallback(sparsity, context=context, **kwargs)
-
-
-# For the tests of other files, until they import from networks.
-from networks import fill, line  # noqa: E402,F401

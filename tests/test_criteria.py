@@ -5,8 +5,8 @@ import pytest, torch
 from torch import nn, tensor
 
 import onecycle_prune.all
-from conftest import assert_same, bits
-from helpers import fill, line, zeros
+from helpers import assert_same, bits, zeros
+from networks import fill, line
 from onecycle_prune.criteria import Criteria, criteria, criteria_aliases, get_criteria
 from onecycle_prune.sparsifier import Sparsifier
 
@@ -164,13 +164,13 @@ def test_random():
     "One number for each weight, from torch's own generator, whose state is the same afterwards"
     m = line(*range(1000))
     torch.manual_seed(3)
-    a = Sparsifier(m, criteria='random').state_dict()['']
+    a = Sparsifier(m, criteria='random').state_dict()['memory']['']
     expected = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(1, 1000), a)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(3), expected)
-    b = Sparsifier(m, criteria='random').state_dict()['']
+    b = Sparsifier(m, criteria='random').state_dict()['memory']['']
     assert a.shape == (1, 1000) and not torch.equal(a, b)
 
 

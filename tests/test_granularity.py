@@ -6,7 +6,7 @@ from itertools import product
 import pytest, torch
 from torch import nn
 
-from helpers import fill
+from networks import fill
 from onecycle_prune.granularity import NM, Granularity, get_granularity, granularities, granularity_aliases
 from onecycle_prune.sparsifier import Sparsifier
 

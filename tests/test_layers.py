@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune
 from torchvision import models
 
-from conftest import assert_same, bits, tiny_net
-from helpers import channel
+from helpers import assert_same, bits, channel
+from networks import tiny_net
 from onecycle_prune.granularity import conv, get_granularity, linear
 from onecycle_prune.layers import batchnorms_after, check_layers, choose, match, prunable, unwrap_model
 from onecycle_prune.sparsifier import Sparsifier

@@ -4,7 +4,8 @@ import pytest
 from onecycle_prune.all import *
 from torch import nn
 
-from conftest import n_zeros, tiny_net
+from networks import tiny_net
+from reference import n_zeros
 
 
 @pytest.fixture
