@@ -12,8 +12,8 @@ from onecycle_prune import all as ours
 from torch import nn
 from torch.nn.utils import prune
 
-from conftest import tiny_net
-from test_training import assert_counts, groups, layers, zero_masks
+from networks import tiny_net
+from reference import assert_counts, count_groups, layers_of, zero_masks
 
 page = Path(__file__).parent.parent/'nbs'/'howto'/'05_move_over.ipynb'
 
@@ -57,15 +57,15 @@ class AskedBySparsifier:
 def assert_done(asked: SimpleNamespace, net: nn.Module):
     "Check that the layers of `net` that were asked for are as sparse as asked, and that no others are sparse."
     modules = list((asked.model or net).modules())
-    inside = [n for n, m in layers(net).items() if isinstance(m, asked.layer_type) and any(m is o for o in modules)]
+    inside = [n for n, m in layers_of(net).items() if isinstance(m, asked.layer_type) and any(m is o for o in modules)]
     targets = asked.sparsity if isinstance(asked.sparsity, dict) else dict.fromkeys(inside, asked.sparsity)
-    counts = groups(net, asked.granularity)
+    counts = count_groups(net, asked.granularity)
     if asked.context == 'global': assert_counts([{n: counts[n] for n in targets}], [asked.sparsity], 'global')
     else:
         for n, s in targets.items(): assert_counts([{n: counts[n]}], [s])
-    for n, m in layers(net).items(): assert (m.weight == 0).any() == (n in targets)
+    for n, m in layers_of(net).items(): assert (m.weight == 0).any() == (n in targets)
     if asked.nm:
-        for n in targets: assert (layers(net)[n].weight.unflatten(1, (-1, 4)).count_nonzero(2) == 2).all()
+        for n in targets: assert (layers_of(net)[n].weight.unflatten(1, (-1, 4)).count_nonzero(2) == 2).all()
 
 
 @pytest.mark.parametrize('theirs,here', rows('From fasterai'))
