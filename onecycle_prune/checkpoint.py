@@ -59,7 +59,7 @@ def load_memory(
     sparsifier.load_state_dict(state | dict(memory=kept['memory']))
     return kept['checkpoint_hashes']
 
-# %% ../nbs/07_checkpoint.ipynb #994bec5b
+# %% ../nbs/07_checkpoint.ipynb #d7ddc9be
 class Override:
     "Stands in for a method of one learner, while a callback is on it"
     def __init__(self,
@@ -69,13 +69,21 @@ class Override:
     ):
         self.callback,self.learn = callback,callback.learn
         self.name,self.run = name,run
-        self.replaced = vars(self.learn).get(name) # another override, or what the user has put there
+        replaced = vars(self.learn).get(name) # another override, or what the user has put there
+        if isinstance(replaced, Override) and replaced.is_over: restore_methods(self.learn)
+        self.replaced = vars(self.learn).get(name)
         self.method = getattr(self.learn, name)
         setattr(self.learn, name, self)
 
+    @property
+    def is_over(self):
+        "Whether the callback has left the learner without the end of a fit"
+        return self.callback.learn is not self.learn
+
     def __call__(self, *args, **kwargs):
-        if self.callback.learn is not self.learn: return self.method(*args, **kwargs) # its fit could not begin
-        return self.run(self.method, *args, **kwargs)
+        if not self.is_over: return self.run(self.method, *args, **kwargs)
+        restore_methods(self.learn)
+        return self.method(*args, **kwargs)
 
     def __reduce__(self): return getattr, (self.learn, self.name)
 
