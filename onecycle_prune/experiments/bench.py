@@ -161,7 +161,7 @@ def bench_selection(
     device:torch.device, # Where to measure
     rounds:int # Timed calls, at most 400, so that there are enough weights to prune
 )->pd.DataFrame: # Columns weights, select_ms, fused_ms, read_ms, select_ratio and fused_ratio; a row for each size
-    "Median times to prune a thousandth more of a pool from scores and fused, to read it once, and their ratios to the last"
+    "Median times to prune a thousandth more of a pool, from scores and fused, and to read it once, and the ratios"
     rows = []
     for n in progress_bar(sizes):
         w = torch.randn(n, device=device)
@@ -234,7 +234,9 @@ def bench(
     device = default_device()
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
     common_cbs = gpu_callbacks(bf16, channels_last)
-    steps = pd.concat([bench_steps(arch, batch, sparsity, batches, total, rounds, common_cbs) for arch in archs.split(',')])
+    measure = partial(bench_steps, batch=batch, sparsity=sparsity, n=batches, total=total, rounds=rounds,
+        common_cbs=common_cbs)
+    steps = pd.concat([measure(arch) for arch in archs.split(',')])
     steps = steps.assign(bs=bs, size=size, sparsity=sparsity, bf16=bf16, channels_last=channels_last)
     sizes = [10**i for i in range(6, len(str(max_weights)))]
     tables = dict(steps=steps, selection=bench_selection(sizes, device, rounds))

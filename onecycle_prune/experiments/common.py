@@ -31,7 +31,8 @@ def timed_fit(
     start = time.perf_counter()
     learn.fit_one_cycle(epochs, lr, cbs=cbs)
     seconds = time.perf_counter() - start
-    accuracy_column = learn.recorder.metric_names.index('accuracy') - 1 # the names begin with the epoch, the values do not
+    # The names begin with the epoch, and the values do not.
+    accuracy_column = learn.recorder.metric_names.index('accuracy') - 1
     return dict(accuracy=learn.recorder.values[-1][accuracy_column], seconds=seconds)
 
 # %% ../../nbs/experiments/30_common.ipynb #6fb7aae8

@@ -11,8 +11,10 @@ from onecycle_prune.experiments.networks import get_arch
 from onecycle_prune.experiments.records import append_record, read_records
 from onecycle_prune.report import sparsity_report
 
-run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0, 'one_cycle', .9, 'local', 'large_final', 20, 3e-3, False, False)
-args = '--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 --seeds 0,1'.split()
+run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0,
+    'one_cycle', .9, 'local', 'large_final', 20, 3e-3, False, False)
+args = ('--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 '
+        '--seeds 0,1').split()
 # The script that pip writes for an entry of console_scripts
 code = 'import sys\nfrom onecycle_prune.experiments.grid import compare\nif __name__ == "__main__": sys.exit(compare())\n'
 
@@ -70,7 +72,8 @@ for i in range(1000): append_record(folder/'runs.jsonl', dict(by=name, i=i, text
 def test_two_write_one_file(tmp_path):
     "Two processes start to write at the same moment: each record is on a line of its own, and no line is empty"
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(map(str, sys.path)))
-    for p in [subprocess.Popen([sys.executable, '-c', writer, tmp_path, name], env=env) for name in 'xy']: assert p.wait(120) == 0
+    for p in [subprocess.Popen([sys.executable, '-c', writer, tmp_path, name], env=env) for name in 'xy']:
+        assert p.wait(120) == 0
     records = [json.loads(line) for line in (tmp_path/'runs.jsonl').read_text().splitlines()]
     for name in 'xy': assert [r['i'] for r in records if r['by'] == name] == [*range(1000)]
     assert len(records) == 2000 and all(r['text'] == r['by']*5000 for r in records)
