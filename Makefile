@@ -1,61 +1,76 @@
-# Paths are relative, and the tools run from .venv, so that neither a folder whose
-# name has spaces nor an environment that happens to be active gets in the way.
+# All paths are relative, and the tools run from .venv. So the name of the folder may have
+# spaces, and another environment that is active does not matter.
 PYTHON = python3
 ARGS =
 BIN = .venv/bin
-READY = .venv/ready
+# An editable installation warns of folders that are called as the package, and the one here is it.
+PIP = PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Each file marks a finished installation, so an interrupted one starts again.
+DEMO = .venv/demo-ready
+BENCH = .venv/bench-ready
+DEV = .venv/ready
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
-install: $(READY)  ## make the environment, .venv, with PYTHON (default: python3)
+install: $(DEV)  ## make the environment for all targets, .venv, with PYTHON (default: python3)
 
-demo: $(READY)  ## prune a network on a small data set: make demo ARGS='--help'
-	$(BIN)/ocp-demo $(ARGS)
+demo: $(DEMO)  ## prune a network on a small data set: make demo ARGS='--help'
+	@$(BIN)/ocp-demo $(ARGS)
 
-compare: $(READY)  ## repeat the paper's experiment: make compare ARGS='--dry-run'
-	$(BIN)/ocp-compare $(ARGS)
+compare: $(DEMO)  ## repeat the paper's experiment: make compare ARGS='--dry-run'
+	@$(BIN)/ocp-compare $(ARGS)
 
-bench: $(READY)  ## measure what pruning adds to a training step, beside the peer
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/ocp-bench $(ARGS)
+bench: $(BENCH)  ## measure what pruning adds to a training step, for this package and fasterai
+	@$(BIN)/ocp-bench $(ARGS)
 
-reliability: $(READY)  ## hold the situations of the tests against this package and the peer
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+reliability: $(DEV) $(BENCH)  ## run the situations of the tests with this package and with fasterai
 	$(BIN)/python tools/reliability.py
 
-# One thread a process: notebooks run side by side, and threads would fight for the cores.
+# Notebooks run side by side, so each process has one thread. More would compete for the cores.
 test outputs reliability: export OMP_NUM_THREADS = 1
 
-test: $(READY)  ## run the notebooks, then the tests
+test: $(DEV)  ## run the notebooks, then the tests
 	$(BIN)/nbdev-test
 	$(BIN)/python -m pytest -q tests
 
-prepare: $(READY)  ## bring the package and README.md in step with the notebooks
+prepare: $(DEV)  ## write the package and README.md from the notebooks
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/readme.py
 
-docs: $(READY)  ## build the site from the notebooks, in _docs
+docs: $(DEV)  ## build the site from the notebooks, in _docs
 	$(BIN)/python tools/docs.py
 
-# Warnings name files of this machine: they have no place in a stored output.
-outputs: $(READY)  ## run the notebooks, keep what they print and draw, then prepare
+# Warnings name files of this machine, so they must not be stored in an output.
+outputs: $(DEV)  ## run the notebooks, store what they print and draw, then prepare
 	PYTHONWARNINGS=ignore $(BIN)/nbdev-test --save
 	$(MAKE) prepare
 
-clean:  ## remove what builds and runs leave behind; the environment stays
+clean:  ## remove what builds and runs leave; the environment stays
 	rm -rf build dist *.egg-info _docs _proc demo .pytest_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -exec rm -rf {} +
 
-# The file marks a finished installation, so one that broke off starts again.
-$(READY): settings.ini setup.py pyproject.toml
+$(DEMO): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c "import configparser, sys; c = configparser.ConfigParser(); c.read('settings.ini'); \
 	least = c['DEFAULT']['min_python']; sys.version_info >= tuple(map(int, least.split('.'))) or \
 	sys.exit('Python %s or newer is needed, and $(PYTHON) is %s: make PYTHON=...' % (least, sys.version.split()[0]))"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	@echo 'Installing into .venv: 3.3 GB to download and 6.7 GB on disk, most of it CUDA, which comes with PyTorch.'
+	@echo 'Without the download it took 6 minutes on two busy cores.'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --upgrade pip
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(BENCH): $(DEMO)
+	@echo 'Installing what the benchmark compares with.'
+	@$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(DEV): $(DEMO)
+	@echo 'Installing what the tests and the site need. It takes a minute.'
+	@$(PIP) --editable '.[dev]'
+	@touch $@
 
 .PHONY: help install demo compare bench reliability test prepare docs outputs clean

@@ -1,11 +1,11 @@
-"The images of the comparison: read from folders as fastai's sources have them, and the same as fastai's own loader gives."
+"The images of the experiments: read from folders like those of fastai's sources, and equal to those of fastai's own loader."
 import numpy as np, onecycle_prune.experiments.data as data, pytest, torch
 from fastai.vision.all import ImageDataLoaders, Resize, TensorImage, set_seed
 from PIL import Image
 
 
 def make_images(folder, classes, n=6, size=(32, 32)):
-    "Noise, as PNG, another in each folder"
+    "PNG images of noise, different in each folder"
     for c in classes:
         rng = np.random.default_rng(list((folder/c).as_posix().encode()))
         (folder/c).mkdir(parents=True)
@@ -14,7 +14,7 @@ def make_images(folder, classes, n=6, size=(32, 32)):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    "Where sources find their folders, and keep what they decode"
+    "A folder with the images of the sources (`source`) and with the decoded ones (`kept`)"
     monkeypatch.setattr(data, 'untar_data', lambda url: tmp_path/'source')
     monkeypatch.setattr(data, 'fastai_path', lambda folder: tmp_path/'kept')
     data.load_images.cache_clear()
@@ -23,16 +23,16 @@ def place(tmp_path, monkeypatch):
 
 
 def as_set(x, y, vocab):
-    "Images and the names of their classes, in no order: folders are listed in none"
+    "Images and the names of their classes as a set, since the order of files in a folder is not defined"
     return {((255*x).round().byte().numpy().tobytes(), vocab[c]) for x, c in zip(x, y)}
 
 
 def test_same_images_as_fastai(place):
-    "Every image and its class, for training and validation, whole and resized"
+    "Every image and its class are the same, for training and validation, original and resized"
     for part in ('train', 'test'): make_images(place/'source'/part, ('cat', 'dog', 'frog'), size=(40, 32))
     for size in (32, 20):
         train, valid, vocab = data.load_images('cifar10', size)
-        # fastai crops training images at random, and validation images in the middle, as ours are
+        # fastai crops validation images to the middle, as we do, so its validation set reads each of the two folders.
         for ds, part in ((train, 'train'), (valid, 'test')):
             theirs = ImageDataLoaders.from_folder(place/'source', train='test' if part == 'train' else 'train', valid=part, item_tfms=Resize(size), bs=18, num_workers=0)
             seen = as_set(*theirs.valid.one_batch(), theirs.vocab)
@@ -40,7 +40,7 @@ def test_same_images_as_fastai(place):
 
 
 def test_cifar100(place):
-    "Classes lie in the folders of their superclasses, and the classes are told apart"
+    "Classes are in the folders of their superclasses, and the labels are the classes"
     for part in ('train', 'test'):
         make_images(place/'source'/part/'fish', ('ray', 'shark', 'trout'))
         make_images(place/'source'/part/'flowers', ('poppy', 'rose'))
@@ -51,7 +51,7 @@ def test_cifar100(place):
 
 
 def test_caltech101(place):
-    "A fifth of each class is held out, the same in every process, and the background is no class"
+    "A fifth of each class is held out, always the same, and the background is not a class"
     make_images(place/'source', ('BACKGROUND_Google', 'ant', 'bonsai', 'crab'), n=10, size=(50, 60))
     train, valid, vocab = data.load_images('caltech101', 24)
     assert vocab == ['ant', 'bonsai', 'crab'] and train.tensors[0].shape == (24, 3, 24, 24)
@@ -62,17 +62,17 @@ def test_caltech101(place):
 
 
 def test_kept(place, monkeypatch):
-    "Decoded once, until something is another"
+    "Images are decoded once, and again if their files, their number or their size change"
     make_images(place/'source', ('a',), n=4)
     files, decodings, decode = sorted((place/'source'/'a').iterdir()), [], data.decode
     monkeypatch.setattr(data, 'decode', lambda files, size: decodings.append(size) or decode(files, size))
-    first = data.decoded(files, 32)
-    assert (data.decoded(files, 32) == first).all() and decodings == [32]
-    data.decoded(files, 16)
-    data.decoded(files[:3], 32)
+    first = data.load_decoded(files, 32)
+    assert (data.load_decoded(files, 32) == first).all() and decodings == [32]
+    data.load_decoded(files, 16)
+    data.load_decoded(files[:3], 32)
     assert decodings == [32, 16, 32]
     Image.new('RGB', (32, 32), 'red').save(files[0])
-    assert not (data.decoded(files, 32)[0] == first[0]).all() and len(decodings) == 4
+    assert not (data.load_decoded(files, 32)[0] == first[0]).all() and len(decodings) == 4
     assert all(p.suffix == '.npy' and not p.name.startswith('unfinished') for p in (place/'kept'/'decoded').iterdir())
 
 
@@ -82,15 +82,15 @@ def test_broken_off_decoding_is_done_again(place, monkeypatch):
     def _interrupt(files, size): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(data, 'decode', _interrupt)
-        with pytest.raises(KeyboardInterrupt): data.decoded(files, 32)
-    assert (data.decoded(files, 32)[1].transpose(1, 2, 0) == np.asarray(Image.open(files[1]))).all()
+        with pytest.raises(KeyboardInterrupt): data.load_decoded(files, 32)
+    assert (data.load_decoded(files, 32)[1].transpose(1, 2, 0) == np.asarray(Image.open(files[1]))).all()
 
 
 def epoch(dls): return [(x.clone(), y.clone()) for x, y in dls.train]
 
 
 def test_order_and_crops_repeat(place):
-    "From one seed the same batches, and from epoch to epoch others"
+    "The same seed gives the same batches, and each epoch has other ones"
     for part in ('train', 'test'): make_images(place/'source'/part, ('cat', 'dog'), n=16)
     def _dls(seed):
         set_seed(seed)
@@ -104,7 +104,7 @@ def test_order_and_crops_repeat(place):
 
 
 def test_all_are_seen_and_normalized(place):
-    "An epoch has each training image once; validation has all as they are, less mean over deviation of the training images"
+    "An epoch has each training image once; validation images are normalized by the statistics of the training images"
     for part in ('train', 'test'): make_images(place/'source'/part, ('cat', 'dog'), n=16)
     dls = data.get_dls('cifar10', bs=8, device=torch.device('cpu'))
     assert sorted(torch.cat([y for _, y in epoch(dls)]).tolist()) == [0]*16 + [1]*16
@@ -123,7 +123,7 @@ def test_on_the_gpu():
 
 
 def test_digits_are_not_mirrored():
-    "A mirrored digit is another sign: values that rise to the right do so in every crop, but at the border"
+    "A mirrored digit means something else: values that rise to the right do so in every crop, except at the border"
     crop = next(t for t in data.get_dls('digits').train.after_batch if isinstance(t, data.CropMirror))
     x = TensorImage(torch.arange(1, 9).expand(64, 3, 8, 8).clone())
     inner = slice(crop.pad, -crop.pad)

@@ -1,8 +1,10 @@
 "The command on a folder of a few images, in a folder with a space in its name."
 import os, subprocess, sys
+from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from fastai.basics import load_learner
+from onecycle_prune.experiments import demo as module
 from onecycle_prune.experiments.demo import demo
 from PIL import Image
 
@@ -31,8 +33,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(place, tmp_path_factory):
-    "The console command, run once"
-    # what pip writes for an entry of console_scripts
+    "The console command, run once, with its output in a pipe"
+    # The script that pip writes for an entry of console_scripts
     script = tmp_path_factory.mktemp('bin')/'ocp-demo'
     script.write_text('import sys\nfrom onecycle_prune.experiments.demo import demo\nif __name__ == "__main__": sys.exit(demo())\n')
     args = ['--arch', arch, '--data', 'my images', '--epochs', '1', '--bs', '8', '--sparsity', '.75', '--schedule', 'lin', '--out', 'what came out']
@@ -47,12 +49,13 @@ def test_leaves_files(run, place):
     assert {p.name for p in (place/'what came out').iterdir()} == written
     assert all((place/'what came out'/n).stat().st_size > 100 for n in written)
     assert {p.name for p in place.iterdir()} == {'my images', 'what came out'}
-    for n in written: assert n in run.stdout.splitlines()[-1]
+    listed, = [line for line in run.stdout.splitlines() if line.startswith('In what came out/:')]
+    for n in written: assert n in listed
 
 
 def test_table(run, place):
     "Five trainings are printed, and the file has the same numbers"
-    *_, table = run.stdout.partition('All at the same budget of 1 epochs:\n')
+    *_, table = run.stdout.partition('All with the same budget of 1 epochs:\n')
     header, _, *rows = [line.split() for line in table.split('\n\n')[0].splitlines()]
     csv = pd.read_csv(place/'what came out'/'trainings.csv', index_col='training')
     assert header == [*csv] == ['accuracy', 'sparsity', 'seconds']
@@ -62,13 +65,54 @@ def test_table(run, place):
     assert csv.accuracy.between(0, 1).all() and (csv.seconds > 0).all()
 
 
+def test_piped_output_is_plain(run):
+    "A pipe gets no carriage return and no bar, and nothing stands above the first words of the demo"
+    assert '\r' not in run.stdout and not set(run.stdout) & set('█|')
+    assert run.stdout.split('\n')[:2] == ['', f'{arch}, dense: 1 epochs']
+    assert 'Warning' not in run.stderr.split(f'{arch}, dense')[0]
+
+
+def test_import_warns_of_nothing(tmp_path):
+    "The warnings while fastai is imported do not reach a user, and later ones of the same kind do"
+    code = 'import onecycle_prune.experiments.demo, warnings; warnings.warn("later", FutureWarning)'
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(map(str, sys.path)))
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count('Warning') == 1 and 'FutureWarning: later' in done.stderr
+
+
+def test_accuracy_of_each_training(run):
+    "Each training prints a line for its epoch, with the accuracy of the table at the end"
+    lines = [line for line in run.stdout.splitlines() if line.startswith('epoch 0, ')]
+    printed = [dict(o.split(' ', 1) for o in line.split(', ')) for line in lines]
+    rows = run.stdout.partition('All with the same budget of 1 epochs:\n')[2].splitlines()[2:2+len(trainings)]
+    assert [float(o['accuracy']) for o in printed] == pytest.approx([float(row.split()[1]) for row in rows], abs=1e-4)
+    assert ['sparsity' in o for o in printed] == [False] + [True]*4
+
+
+def test_says_what_to_do_next(run):
+    "Three lines at the end"
+    steps = run.stdout.partition('What to do next:\n')[2].splitlines()
+    assert len(steps) == 3
+    for step, words in zip(steps, [str(Path('what came out')/'learner.pkl'), 'https://', "make demo ARGS='--data path'"]): assert words in step
+
+
+def test_warm_up_changes_nothing(place, monkeypatch):
+    "With and without the warm-up, the trainings give the same"
+    def _accuracies(out):
+        demo(arch=arch, data=place/'my images', epochs=1, bs=8, sparsity=.5, granularity='filter', out=place/out)
+        return pd.read_csv(place/out/'trainings.csv')[['accuracy', 'sparsity']], pd.read_csv(place/out/'layers.csv')
+    with_it = _accuracies('warm')
+    monkeypatch.setattr(module, 'warm_up', lambda *args: None)
+    for a, b in zip(with_it, _accuracies('cold')): pd.testing.assert_frame_equal(a, b)
+
+
 def test_layers(run, place):
     csv = pd.read_csv(place/'what came out'/'layers.csv')
     assert (csv.zeros[:-1] < csv.weights[:-1]).all() and csv.weights.iloc[-1] == csv.weights[:-1].sum()
     assert csv.zeros.iloc[-1] == csv.zeros[:-1].sum() == round(.75*csv.weights.iloc[-1])
 
 
-@pytest.mark.filterwarnings('ignore::UserWarning')  # `load_learner` warns of pickles
+@pytest.mark.filterwarnings('ignore::UserWarning')  # `load_learner` warns about pickles
 def test_learner_predicts(run, place):
     learn = load_learner(place/'what came out'/'learner.pkl')
     with learn.no_bar(): label, i, probs = learn.predict(place/'my images'/'red'/'0.png')
@@ -91,7 +135,7 @@ def test_learner_predicts(run, place):
     (dict(granularity='2:4'), r'implies a sparsity of 0\.5'),
 ], ids=str)
 def test_refuses(given, says, tmp_path, monkeypatch):
-    "One line that says what is wrong, and nothing is left behind"
+    "The command ends with one line about the mistake, and writes nothing"
     monkeypatch.chdir(tmp_path)
     (tmp_path/'no images').mkdir()
     with pytest.raises(SystemExit, match=says) as e: demo(**dict(epochs=1) | given)
@@ -100,7 +144,7 @@ def test_refuses(given, says, tmp_path, monkeypatch):
 
 
 def test_refuses_before_training(place, capsys):
-    "What the network cannot have is known before the hours of the dense training"
+    "A pattern that does not fit the network is refused before the dense training, which may take hours"
     with pytest.raises(SystemExit, match='3 input channels do not divide by 4'):
         demo(arch=arch, data=place/'my images', epochs=1, bs=8, sparsity=.5, granularity='2:4', out=place/'nothing')
     assert 'dense' not in capsys.readouterr().out and not (place/'nothing').exists()

@@ -1,18 +1,22 @@
-"The grid: stopped, killed, shared and continued, no training is done twice, and each does what its record says."
+"The grid: however it is interrupted, killed, shared or continued, each training is done once and as its record says."
 import json, os, signal, subprocess, sys, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import onecycle_prune.experiments.grid as compare, pytest
-from onecycle_prune.experiments.grid import Run, append, grid, read_records, record, train
+from onecycle_prune.experiments.grid import Run, grid, make_record, train
 from onecycle_prune.experiments.data import get_dls
 from onecycle_prune.experiments.analysis import read_runs
 from onecycle_prune.experiments.networks import get_arch
+from onecycle_prune.experiments.records import append_record, read_records
 from onecycle_prune.report import sparsity_report
 
-run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0, 'one_cycle', .9, 'local', 'large_final', 20, 3e-3, False, False)
-args = '--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 --seeds 0,1'.split()
-code = 'import sys\nfrom onecycle_prune.experiments.grid import compare\nif __name__ == "__main__": sys.exit(compare())\n'  # what pip writes for an entry of console_scripts
+run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0,
+    'one_cycle', .9, 'local', 'large_final', 20, 3e-3, False, False)
+args = ('--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 '
+        '--seeds 0,1').split()
+# The script that pip writes for an entry of console_scripts
+code = 'import sys\nfrom onecycle_prune.experiments.grid import compare\nif __name__ == "__main__": sys.exit(compare())\n'
 
 
 @pytest.fixture
@@ -22,7 +26,9 @@ def start(tmp_path):
     script.write_text(code)
     place.mkdir()
     env = os.environ | dict(PYTHONIOENCODING='utf-8', PYTHONPATH=os.pathsep.join(map(str, sys.path)))
-    def _start(*more): return subprocess.Popen([sys.executable, script, *args, '--out', 'my runs.jsonl', *more], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
+    def _start(*more):
+        return subprocess.Popen([sys.executable, script, *args, '--out', 'my runs.jsonl', *more], cwd=place, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
     _start.out = place/'my runs.jsonl'
     return _start
 
@@ -43,25 +49,39 @@ def test_killed_and_continued(start):
     n = len(read_records(start.out))
     assert 1 <= n < 4
     with start.out.open('a') as f: f.write('{"arch": "resn')  # as a full disk leaves it
-    said, _ = start().communicate(timeout=300)
-    assert said.splitlines()[-1] == '0 trainings are left'
+    printed, warned = start().communicate(timeout=300)
+    assert printed.splitlines()[-1] == '0 trainings remain'
+    assert 'resnet18_cifar_quarter, digits, local, large_final, seeds: 2' in printed
+    assert '\r' not in printed and 'Warning' not in warned
     records = read_records(start.out)
     assert start.out.read_text().startswith(before) and len(records) == 4 and {settings(r) for r in records} == every
     assert {r['state'] for r in records} == {'done'}
 
 
+writer = """
+import sys, time
+from pathlib import Path
+from onecycle_prune.experiments.records import append_record
+folder, name = Path(sys.argv[1]), sys.argv[2]
+(folder/name).touch()
+while len([*folder.glob('?')]) < 2: time.sleep(.001)
+for i in range(1000): append_record(folder/'runs.jsonl', dict(by=name, i=i, text=name*5000))
+"""
+
+
 def test_two_write_one_file(tmp_path):
-    "Each record is on a line of its own"
-    code = 'import sys\nfrom pathlib import Path\nfrom onecycle_prune.experiments.grid import append\nfor i in range(300): append(Path(sys.argv[1]), dict(a=sys.argv[2]*5000, i=i))'
+    "Two processes start to write at the same moment: each record is on a line of its own, and no line is empty"
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(map(str, sys.path)))
-    for p in [subprocess.Popen([sys.executable, '-c', code, tmp_path/'runs.jsonl', x], env=env) for x in 'xy']: assert p.wait(120) == 0
+    for p in [subprocess.Popen([sys.executable, '-c', writer, tmp_path, name], env=env) for name in 'xy']:
+        assert p.wait(120) == 0
     records = [json.loads(line) for line in (tmp_path/'runs.jsonl').read_text().splitlines()]
-    assert len({(r['a'][0], r['i']) for r in records}) == len(records) == 600
+    for name in 'xy': assert [r['i'] for r in records if r['by'] == name] == [*range(1000)]
+    assert len(records) == 2000 and all(r['text'] == r['by']*5000 for r in records)
 
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    "A function that runs the command here, with trainings that are only pretended, and gives what it printed"
+    "A function that runs the command in this process, with invented results of trainings, and returns the printed text"
     def _train(run):
         if run.seed == 1: raise RuntimeError('CUDA out of memory')
         if run.seed == 2: raise KeyboardInterrupt
@@ -79,7 +99,7 @@ def test_failed_does_not_stop_the_rest(call):
     states = [(r['seed'], r['state']) for r in read_records(call.out)]
     assert states == [(1, 'failed')]*3 + [(0, 'done')]*3
     assert read_records(call.out)[0]['error'] == 'RuntimeError: CUDA out of memory'
-    assert '0 trainings are left' in call(seeds='1,0') and len(read_records(call.out)) == 6
+    assert '0 trainings remain' in call(seeds='1,0') and len(read_records(call.out)) == 6
 
 
 def test_failed_is_tried_again_when_asked(call, monkeypatch):
@@ -87,7 +107,28 @@ def test_failed_is_tried_again_when_asked(call, monkeypatch):
     monkeypatch.setattr(compare, 'train', lambda run: dict(accuracy=.5, seconds=1., reached=run.sparsity, zeros={}))
     call(seeds='1,0', again=True)
     assert [(r['seed'], r['state']) for r in read_records(call.out)[6:]] == [(1, 'done')]*3
-    assert len(read_runs(call.out)) == 6  # what failed and was done later counts once
+    assert len(read_runs(call.out)) == 6  # a training that failed first and succeeded later counts once
+
+
+def test_ends_with_the_accuracies(call):
+    "One table for each network, set of images, context and criterion, of the trainings of this grid alone"
+    call(seeds='3', sparsities='.5')  # in the file, and not in the grid below
+    printed = call(seeds='0', schedules='dense,agp', contexts='local,global')
+    _, heading, local, globally, last = [block.splitlines() for block in printed.strip().split('\n\n')]
+    assert heading[0].startswith('Accuracy in per cent')
+    assert [local[0], globally[0]] == [f'{run.arch}, digits, {c}, large_final, seeds: 1' for c in ('local', 'global')]
+    for table in (local, globally):
+        assert table[1].split() == ['agp', 'dense']
+        assert [line.split()[-3:] for line in table[3:]] == [['80%', '**50.00**', '50.00'], ['90%', '**50.00**', '50.00']]
+    assert last == ['0 trainings remain']
+
+
+def test_accuracies_of_a_part(call):
+    "Without dense trainings, and while none has finished"
+    assert 'No training has finished' in call(seeds='1')
+    printed = call(seeds='0', schedules='one_cycle')
+    assert 'dense' not in printed and '**50.00**' in printed
+    assert f'{run.arch}, digits, seeds: 1' in call(seeds='0', schedules='dense')
 
 
 def test_interrupted_leaves_no_record(call):
@@ -96,24 +137,24 @@ def test_interrupted_leaves_no_record(call):
 
 
 def test_dry_run(call):
-    "What is left and how long it takes, and nothing is written"
+    "The remaining trainings and their time are printed, and nothing is written"
     call(seeds='0')
     before = call.out.read_bytes()
-    *_, one, two, left = call(seeds='0,3', epochs='1,2', dry_run=True).splitlines()
+    *_, one, two, last = call(seeds='0,3', epochs='1,2', dry_run=True).splitlines()
     # 3 of seed 3 at one epoch, 6 at two epochs, of a minute an epoch
     assert one.split()[-3:] == ['1', '3', '3.0'] and two.split()[-3:] == ['2', '6', '12.0']
-    assert left == '9 trainings are left' and call.out.read_bytes() == before
+    assert last == '9 trainings remain' and call.out.read_bytes() == before
     assert '?' in call(archs='resnet18_cifar', dry_run=True)
 
 
 def test_shared(call):
-    "The parts are the whole, and no training is in two of them"
+    "The parts together are the whole grid, and no training is in two of them"
     for part in ('2/3', '1/3', '3/3'): call(seeds='0,3', part=part)
     assert len({(r['seed'], r['schedule'], r['sparsity']) for r in read_records(call.out)}) == len(read_records(call.out)) == 6
 
 
 def test_minutes(call):
-    "Nothing begins that is not expected to end in time; what nobody knows the time of does"
+    "A training that is not expected to end in time does not start; one of unknown time does"
     call(seeds='0,3', minutes=.5)
     assert len(read_records(call.out)) == 1
     call(seeds='0,3', minutes=1.5)
@@ -121,10 +162,10 @@ def test_minutes(call):
 
 
 def test_done_by_another_meanwhile(call, monkeypatch):
-    "What a second process records while this one trains is not trained again"
+    "A training that a second process records in the meantime is not done again"
     trained = []
     def _train(run):
-        if not trained: append(call.out, asdict(replace(run, sparsity=.9)) | dict(state='done', accuracy=.5, seconds=1.))
+        if not trained: append_record(call.out, asdict(replace(run, sparsity=.9)) | dict(state='done', accuracy=.5, seconds=1.))
         trained.append(run.sparsity)
         return dict(accuracy=.5, seconds=1., reached=run.sparsity, zeros={})
     monkeypatch.setattr(compare, 'train', _train)
@@ -146,7 +187,7 @@ def test_done_by_another_meanwhile(call, monkeypatch):
     (dict(archs='vgg16_bn_cifar'), r'8×8'),
 ], ids=str)
 def test_refuses(given, says, call):
-    "One line, before anything is trained or written"
+    "The command ends with one line, before it trains or writes anything"
     with pytest.raises(SystemExit, match=says) as e: call(**given)
     assert e.value.code.startswith('ocp-compare: ') and not call.out.exists()
 
@@ -158,10 +199,10 @@ def test_dense_is_trained_once():
 
 
 def test_record_says_what_was_trained(monkeypatch):
-    "The zeros of each layer are those of the model, and the accuracy that of its last epoch"
+    "The recorded zeros of each layer are those of the model, and the accuracy is that of its last epoch"
     models, sparsity_of = [], compare.sparsity_report
     monkeypatch.setattr(compare, 'sparsity_report', lambda m: models.append(m) or sparsity_of(m))
-    r = record(replace(run, epochs=2))
+    r = make_record(replace(run, epochs=2))
     model = models[0].eval()
     zeros = {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if n in r['zeros']}
     assert r['zeros'] == zeros and len(zeros) == 21
@@ -173,7 +214,7 @@ def test_record_says_what_was_trained(monkeypatch):
 
 
 def test_all_schedules_start_alike(monkeypatch):
-    "The same weights and the same first batch, whatever the schedule"
+    "All schedules start with the same weights and the same first batch"
     seen = []
     class Look(compare.ValidateLast):
         def before_batch(self):
@@ -193,19 +234,19 @@ def test_validates_once(monkeypatch):
 
 
 def test_commit_is_of_this_code_alone(tmp_path, monkeypatch):
-    "A package inside somebody else's repository does not borrow its commit"
+    "A package inside somebody else's repository does not record that repository's commit"
     subprocess.run(['git', 'init', '-q', tmp_path], check=True)
     (tmp_path/'__init__.py').write_text('')
     monkeypatch.setattr(compare.onecycle_prune, '__file__', str(tmp_path/'__init__.py'))
     assert compare._commit() is None
 
 
-results = sorted((Path(__file__).parent.parent/'results').glob('compare_*.jsonl'))
+results = sorted((Path(__file__).parents[2]/'results').glob('compare_*.jsonl'))
 
 
 @pytest.mark.parametrize('path', results, ids=lambda p: p.stem)
 def test_results_in_the_repository(path):
-    "The records that the report stands on are whole, each training is there once, and it reached its target in each pool"
+    "The records behind the published results are complete, have each training once, and reached their target in each pool"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     done = [r for r in records if r['state'] == 'done']
     assert done and len(done) == len({tuple(r[f.name] for f in fields(Run)) for r in done})
