@@ -31,7 +31,8 @@ reliability: $(DEV) $(BENCH)  ## run the situations of the tests with this packa
 # Notebooks run side by side, so each process has one thread. More would compete for the cores.
 test outputs reliability: export OMP_NUM_THREADS = 1
 
-test: $(DEV)  ## run the notebooks, then the tests
+test: $(DEV)  ## check the style, run the notebooks, then the tests
+	$(BIN)/ruff check
 	$(BIN)/nbdev-test
 	$(BIN)/python -m pytest -q tests
 
@@ -49,7 +50,7 @@ outputs: $(DEV)  ## run the notebooks, store what they print and draw, then prep
 	$(MAKE) prepare
 
 clean:  ## remove what builds and runs leave; the environment stays
-	rm -rf build dist *.egg-info _docs _proc demo .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info _docs _proc demo .pytest_cache .hypothesis .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -exec rm -rf {} +
 
 $(DEMO): settings.ini setup.py pyproject.toml
@@ -57,7 +58,7 @@ $(DEMO): settings.ini setup.py pyproject.toml
 	least = c['DEFAULT']['min_python']; sys.version_info >= tuple(map(int, least.split('.'))) or \
 	sys.exit('Python %s or newer is needed, and $(PYTHON) is %s: make PYTHON=...' % (least, sys.version.split()[0]))"
 	@echo 'Installing into .venv: 3.3 GB to download and 6.7 GB on disk, most of it CUDA, which comes with PyTorch.'
-	@echo 'Without the download it took 6 minutes on two busy cores.'
+	@echo 'Without the download it took 3 to 6 minutes on two cores.'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --upgrade pip
 	@$(PIP) --editable '.[demo]'
@@ -69,7 +70,7 @@ $(BENCH): $(DEMO)
 	@touch $@
 
 $(DEV): $(DEMO)
-	@echo 'Installing what the tests and the site need. It takes a minute.'
+	@echo 'Installing what the tests and the site need.'
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 

@@ -3,9 +3,10 @@
 - `onecycle_prune.callback`: Pruning in the batches of a fastai training
 - `onecycle_prune.checkpoint`: What a checkpoint does not hold, and what a pruned learner needs around a fit
 - `onecycle_prune.criteria`: A score for each weight: how important it is
-- `onecycle_prune.experiments.bench`: What pruning costs: the time it adds to a step, beside a dense step and the peer's
-- `onecycle_prune.experiments.demo`: The main job on one page: dense, one-cycle and the paper's baselines at the same budget
-- `onecycle_prune.experiments.grid`: The paper's experiment: one grid of trainings, that can be stopped and continued
+- `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
+- `onecycle_prune.experiments.bench`: The cost of pruning: the time it adds to a training step, for this package and for fasterai
+- `onecycle_prune.experiments.demo`: The main task on one page: dense, one-cycle and the paper's baselines with the same budget
+- `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued
 - `onecycle_prune.granularity`: Which weights are pruned together: single weights, or groups of them
 - `onecycle_prune.layers`: Which layers are pruned, and which batch norms follow them
 - `onecycle_prune.pools`: The layers that compete, and how many of their groups shall be pruned
