@@ -136,6 +136,7 @@ _criteria_hints = {
     **dict.fromkeys(['large', 'largest', 'small', 'smallest', 'final'], "'large_final' (keeps the large weights), "
                     "or 'small_final' (keeps the small weights)"),
     **dict.fromkeys(['initial_magnitude', 'magnitude_init', 'init_magnitude'], "'large_init'"),
+    'magnitude_change': "'magnitude_increase'",
     'magnitude_decrease': 'Criteria(lambda w, start: start.abs() - w.abs())',
     'updating_magnitude_increase': "Criteria(lambda w, last: w.abs() - last.abs(), 'last')",
     'small_init': 'Criteria(lambda w, start: -start.abs())',

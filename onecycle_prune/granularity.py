@@ -168,6 +168,7 @@ _answers = { # {answer: the words that it answers}
     "'weight'": 'element elements element_wise fine fine_grained single individual',
     "a group of weights, such as 'filter', or a pattern, such as '2:4'": 'structured ln_structured coarse_grained',
     "'2:4'": 'semi_structured nm n:m 2x4 2_4',
+    '': 'depthwise depth_wise', # a kind of convolution, and no vector along the depth
     "'row', a vector along the width": 'width',
     "'column', a vector along the height": 'height',
     "context='local'": 'local layer_wise',

@@ -48,6 +48,7 @@ at_build = [
     (dict(schedule=lambda pos: math.nan), r'progress in \[0, 1\].*nan'),
     (dict(schedule=lambda pos: .5 if pos < 1 else 1.1), r'progress in \[0, 1\].*1\.1 at 1\.0'),
     (dict(schedule=sched_cos), r'schedule'),  # without its start and end
+    (dict(layers=[]), r'Nothing to prune: layers=\[\] is empty'),
     (dict(schedule=SchedCos), r'schedule'),
     (dict(schedule=lambda pos: None), r'progress in \[0, 1\]'),
     (dict(granularity='4:2', sparsity=None), r"0 < n < m, got '4:2'"),
@@ -70,7 +71,6 @@ at_fit = [
     (dict(sparsity={'8': .5}, layers=nn.Conv2d), r"layer: '8'.*Allowed: 0, 3\b"),
     (dict(layers='head'), r"layer: 'head'.*Allowed: 0, 3, 8"),
     (dict(layers=['0', '33']), r"layer: '33'. Did you mean '3'\? Allowed: 0, 3, 8"),
-    (dict(layers=[]), r'Nothing to prune: layers=\[\].* of 0, 3, 8'),
     (dict(layers=lambda m: False), r'Nothing to prune.* of 0, 3, 8'),
     (dict(layers=foreign), r'Sequential.*Allowed: 0, 3, 8'),
     (dict(layers='8', granularity='kernel'),

@@ -96,7 +96,7 @@ def test_choose_module_of_a_wrong_kind():
 
 
 @pytest.mark.parametrize('layers', [
-    None, nn.Conv2d, MyConv, nn.LazyLinear, 'head', '', nn.BatchNorm2d(2), lambda m: True, len, (conv, linear), [],
+    None, nn.Conv2d, MyConv, nn.LazyLinear, 'head', '', nn.BatchNorm2d(2), lambda m: True, len, (conv, linear),
     [['head', [nn.Conv1d]], (('stem',),)]])
 def test_check_layers(layers): assert check_layers(layers) is None
 
@@ -109,7 +109,7 @@ def test_check_layers(layers): assert check_layers(layers) is None
     (True, 'Unknown layers: True'), ({}, r'layers: \{\}'),
     ({nn.Conv2d: 1}, 'Unknown layers: '), (.5, r'Unknown layers: 0\.5'), ([None], 'Unknown layers: None'),
     ([nn.Conv2d, nn.LSTM], 'LSTM is not a class'), ([['head', 3]], 'Unknown layers: 3'),
-    ((conv, nn.GRU), 'GRU is not a class')])
+    ((conv, nn.GRU), 'GRU is not a class'), ([], 'Nothing to prune'), ([[], ()], 'Nothing to prune')])
 def test_check_layers_wrong(layers, message):
     "What cannot choose layers of any model is answered with what can, without a model"
     allowed = r'Allowed: Conv1d, .*Linear, or a name, a module, or a function of a module\.$'
