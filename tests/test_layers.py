@@ -109,12 +109,19 @@ def test_check_layers(layers): assert check_layers(layers) is None
     (True, 'Unknown layers: True'), ({}, r'layers: \{\}'),
     ({nn.Conv2d: 1}, 'Unknown layers: '), (.5, r'Unknown layers: 0\.5'), ([None], 'Unknown layers: None'),
     ([nn.Conv2d, nn.LSTM], 'LSTM is not a class'), ([['head', 3]], 'Unknown layers: 3'),
-    ((conv, nn.GRU), 'GRU is not a class'), ([], 'Nothing to prune'), ([[], ()], 'Nothing to prune')])
+    ((conv, nn.GRU), 'GRU is not a class')])
 def test_check_layers_wrong(layers, message):
     "What cannot choose layers of any model is answered with what can, without a model"
     allowed = r'Allowed: Conv1d, .*Linear, or a name, a module, or a function of a module\.$'
     with pytest.raises(ValueError, match=f'{message}.*{allowed}'): check_layers(layers)
     with pytest.raises(ValueError, match=f'{message}.*{allowed}'): chosen(Net(), layers)
+
+
+@pytest.mark.parametrize('layers', [[], (), [[], ()]])
+def test_no_layers_given(layers):
+    "An empty list is answered, with and without a model"
+    with pytest.raises(ValueError, match=r'Nothing to prune: layers=.* is empty'): check_layers(layers)
+    with pytest.raises(ValueError, match=r'Nothing to prune: layers=.* is empty'): chosen(Net(), layers)
 
 
 def test_nothing_there():
