@@ -30,6 +30,10 @@ reliability: $(DEV) $(BENCH)  ## run the situations of the tests with this packa
 
 # Notebooks run side by side, so each process has one thread. More would compete for the cores.
 test outputs reliability: export OMP_NUM_THREADS = 1
+# Without a GPU, Triton's interpreter runs its kernels, and it has to be chosen before Triton is imported.
+ifeq ($(shell command -v nvidia-smi),)
+test outputs: export TRITON_INTERPRET = 1
+endif
 
 test: $(DEV)  ## check the style, run the notebooks, then the tests
 	$(BIN)/ruff check
