@@ -19,12 +19,12 @@ from pathlib import Path
 
 # %% ../nbs/00_utils.ipynb #76efdd07
 def raise_unknown(
-    what:str, # What was being chosen, such as 'schedule'
+    what:str, # The thing that the user chooses, such as 'schedule'
     given, # What the user gave, of any type
     allowed, # The names that exist
-    also:str='', # What else is allowed, in words
-    hints:dict={}, # Answers that go before a similar spelling: {lower-case word: the right name, in quotes, or '' for none}
-    error=ValueError # Class of the exception
+    also:str='', # Anything else that is allowed, in words
+    hints:dict[str, str]={}, # {lower-case word: the right name in quotes, or ''}; used instead of similar names
+    error:type[Exception]=ValueError # Class of the exception
 ):
     "Raise an error that says what was `given`, which name was probably meant, and what is `allowed`"
     names = {str(o).lower(): str(o) for o in allowed}
@@ -37,15 +37,16 @@ def raise_unknown(
 
 # %% ../nbs/00_utils.ipynb #2632053b
 def explain_arguments(
-    hints:dict={} # As for `raise_unknown`: {another library's name of an argument: ours, in quotes}
+    hints:dict[str, str]={} # As for `raise_unknown`: {another library's name of an argument: ours, in quotes}
 ):
-    "Decorate an `__init__`: its docstring lists its arguments, and an unknown keyword raises a `TypeError` that names the right one"
+    "Decorate an `__init__`: its docstring lists its arguments, and an unknown keyword raises a helpful `TypeError`"
     def _decorate(init):
         names = list(signature(init).parameters)[1:]
         @wraps(init)
         def _init(self, *args, **kwargs):
             for k in kwargs:
-                if k not in names: raise_unknown(f'argument of {type(self).__name__}', k, names, hints=hints, error=TypeError)
+                if k in names: continue
+                raise_unknown(f'argument of {type(self).__name__}', k, names, hints=hints, error=TypeError)
             init(self, *args, **kwargs)
         meanings = {k: ' '.join(v.split()) for k,v in docments(init).items() if k in names and v}
         _init.__doc__ = '\n\n'.join(filter(None, [init.__doc__, '\n'.join(f'{k}: {v}' for k,v in meanings.items())]))
@@ -59,6 +60,7 @@ def atomic_write(
 ):
     "Write a file whole or not at all"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'unfinished-{os.getpid()}-{path.name}') # two processes never write the same file
+    # The process id is in the name, so that two processes never write the same file.
+    unfinished = path.with_name(f'unfinished-{os.getpid()}-{path.name}')
     write(unfinished)
     unfinished.replace(path)

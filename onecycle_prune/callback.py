@@ -37,19 +37,28 @@ def epoch_size(
 
 # %% ../nbs/08_callback.ipynb #22035e70
 class SparsifyCallback(Callback):
-    "Prune the model while it trains, from the first batch to the last (Hubens et al., *One-Cycle Pruning*, arXiv 2107.02086)"
-    order,run_valid,remove_on_fetch = Recorder.order+1,False,True
+    "Prune the model in each batch of a training (Hubens et al., *One-Cycle Pruning*, arXiv 2107.02086)"
+    order = Recorder.order+1
+    run_valid = False
+    remove_on_fetch = True
+
     @explain_arguments(argument_hints)
     def __init__(self,
-        sparsity:float|dict|None=None, # Fraction of the groups that are pruned at the end, in [0, 1], or {layer class, name, module or function: fraction}; an n:m pattern implies it
-        granularity:str='weight', # Which weights are pruned together: a name in `granularities`, or a pattern such as '2:4'
-        context:str|None=None, # Which groups compete: those of each layer ('local'), or of all layers ('global'); by default 'global' for single weights, and 'local' for larger groups
-        criteria='large_final', # How important a weight is: a name in `criteria`, a `Criteria`, or a function of a module to scores
-        schedule='one_cycle', # When weights are pruned: a name in `schedules`, or a function of a position in [0, 1] to a progress in [0, 1], such as `SchedCos(0, 1)`
-        layers=None # Which modules: classes, names, modules, or a function of a module to bool; by default all convolutions and linear layers
+        # Final fraction of pruned groups in [0, 1], or {class, name, module, function: fraction}; n:m patterns imply it
+        sparsity:float|dict|None=None,
+        # Weights that are pruned together: a name in `granularities`, or a pattern such as '2:4'
+        granularity:str='weight',
+        # Groups compete in each layer ('local'), or across layers ('global', the default for weights and whole layers)
+        context:str|None=None,
+        # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores
+        criteria='large_final',
+        # When: a name in `schedules`, or a function of position to progress, both in [0, 1], such as `SchedCos(0, 1)`
+        schedule='one_cycle',
+        # Classes, names, modules, or a function of a module to bool; by default all convolutions and linear layers
+        layers=None
     ):
-        "Raises `ValueError` if an argument is not one of these, with what is allowed and the nearest right word"
-        # the sparsifier looks at these again; a mistake is answered here, before any training
+        "Raises `ValueError` if an argument is not one of these, with the allowed ones and the nearest right word"
+        # The sparsifier checks these again. A mistake raises here, before any training.
         groups = get_granularity(granularity)
         get_context(context, groups)
         get_criteria(criteria)
@@ -63,55 +72,62 @@ class SparsifyCallback(Callback):
         criteria = getattr(get_criteria(self.criteria), '__name__', self.criteria)
         schedule = next((n for n,s in schedules.items() if s is self.schedule), self.schedule)
         layers = '' if self.layers is None else f', layers={self.layers!r}'
-        return (f"SparsifyCallback({self.sparsity}, granularity={granularity.name!r}, "
-                f"context={get_context(self.context, granularity)!r}, criteria={criteria!r}, schedule={schedule!r}{layers})")
+        context = get_context(self.context, granularity)
+        return (f"SparsifyCallback({self.sparsity}, granularity={granularity.name!r}, context={context!r}, "
+                f"criteria={criteria!r}, schedule={schedule!r}{layers})")
 
     def before_fit(self):
-        "Build the sparsifier, and make room for a column in the training table"
+        "Build the sparsifier, and add a column to the training table"
         self.sparsifier = None
         self.sparsities = []
         self.column = 'sparsity'
         if hasattr(self.learn, 'recorder'): self._add_column()
-        # the search for a learning rate is no training, and leaves the model as it was
+        # The search for a learning rate is no training, and leaves the model as it was.
         self.run = not hasattr(self.learn, 'lr_finder')
-        # nor are `validate` and `get_preds`, which lock the learner
+        # `validate` and `get_preds`, which lock the learner, are no training either.
         if self.run and not self.learn.lock.locked(): self._begin()
 
     def after_step(self):
-        "Prune to where the schedule is at the end of this batch"
+        "Prune to the sparsity of the schedule at the end of this batch"
         size = epoch_size(self.learn)
-        n,i = self.n_epoch*size,self.epoch*size + self.iter
+        n = self.n_epoch*size
+        i = self.epoch*size + self.iter
         self.sparsities.append(self._prune_to((i+1)/n, i/n))
 
-    # a batch that is cancelled before its step still takes its share of the schedule
+    # A batch that is cancelled before its step still takes its share of the schedule.
     def after_cancel_batch(self): self.after_step()
 
     def before_train(self): self.cancelled = False
+
     def after_cancel_train(self): self.cancelled = True
+
     def after_train(self):
-        "Reach the end of the schedule even if the data ends before its length says, as in some distributed trainings"
+        "Reach the end of the schedule even if there are fewer batches than the data has by its length"
         unfinished = self.sparsities and self.pos < 1 and not self.cancelled
         if self.epoch==self.n_epoch-1 and unfinished: self.sparsities[-1] = self._prune_to(1., self.pos)
 
     def after_validate(self):
         "Write the column: the fraction of the groups that are pruned"
-        if self.sparsifier and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
+        if not self.sparsifier or not hasattr(self.learn, 'recorder'): return
+        self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
 
     def after_fit(self):
         if self.sparsifier: self._end()
 
     @property
     def memory_file(self)->Path:
-        "Where the memory of a criterion is kept: next to the checkpoints"
+        "The file that holds the memory of a criterion, next to the checkpoints"
         return self.path/self.model_dir/f'{self.column}_memory.pth'
 
-    def _prune_to(self, pos, last):
-        "Prune to where the schedule is at `pos`, coming from `last`, both in [0, 1], and return the fraction that is pruned"
+    def _prune_to(self, pos, previous_pos):
+        "Prune to the sparsity of the schedule at `pos` in [0, 1]; return the fraction of the groups that are pruned"
         self.pos = pos
         progress = self.schedule(pos)
-        if progress < self.schedule(last): self.sparsifier.clear_floor() # a schedule that falls gives weights back
-        if isinstance(self.sparsity, dict): return self.sparsifier.prune({k: progress*s for k,s in self.sparsity.items()})
-        return self.sparsifier.prune(progress*self.sparsity)
+        # A schedule that falls returns weights.
+        if progress < self.schedule(previous_pos): self.sparsifier.clear_floor()
+        sparsity = self.sparsity
+        if not isinstance(sparsity, dict): return self.sparsifier.prune(progress*sparsity)
+        return self.sparsifier.prune({k: progress*s for k,s in sparsity.items()})
 
     def _begin(self):
         sparsifier = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers)
@@ -121,7 +137,8 @@ class SparsifyCallback(Callback):
         sparsifier.set_floor(self.sparsity)
         start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, start) if start else {}
-        self.sparsifier,self.pos = sparsifier,0.
+        self.sparsifier = sparsifier
+        self.pos = 0.
         Override(self, '_with_events', self._guard)
         if sparsifier.state_dict()['memory']: Override(self, 'save', self._save)
         if self.column=='sparsity' and hasattr(self.learn, 'recorder'):
@@ -129,7 +146,7 @@ class SparsifyCallback(Callback):
             self.recorder.pruned_losses = self.recorder.losses # of this fit; the next one has another list
 
     def _guard(self, with_events, do, event_type, *args):
-        "Run an epoch, and leave the model pruned if it breaks off: then fastai calls no callback"
+        "Run an epoch, and leave the model pruned if an error ends it, for which fastai calls no callback"
         if event_type!='epoch': return with_events(do, event_type, *args)
         try: with_events(do, event_type, *args)
         except CancelFitException: raise # `after_fit` follows
@@ -138,7 +155,7 @@ class SparsifyCallback(Callback):
             raise
 
     def _save(self, save, file, **kwargs):
-        "Save a checkpoint, and next to it what the criterion remembers"
+        "Save a checkpoint, and the memory of the criterion next to it"
         path = save(file, **kwargs)
         self.checkpoint_hashes[self.epoch+1] = weights_hash(self.sparsifier)
         if not rank_distrib(): save_memory(self.memory_file, self.sparsifier, self.checkpoint_hashes)
@@ -153,7 +170,8 @@ class SparsifyCallback(Callback):
             warn(f"The training ended early, at a sparsity of {self.sparsities[-1]:.4g}, before its schedule did.")
 
     def _raise_if_overlap(self, sparsifier):
-        others = [cb.sparsifier for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and getattr(cb, 'sparsifier', None)]
+        callbacks = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback)]
+        others = [cb.sparsifier for cb in callbacks if getattr(cb, 'sparsifier', None)]
         taken = {id(m.weight) for other in others for m in other.layers.values()}
         shared = [n for n,m in sparsifier.layers.items() if id(m.weight) in taken]
         if shared:
@@ -161,7 +179,7 @@ class SparsifyCallback(Callback):
                              "Give each its own `layers`, or give one of them a dict of sparsities.")
 
     def _add_column(self):
-        "Make room for the sparsity in the training table"
+        "Add a column for the sparsity to the training table"
         rec = self.recorder
         n = 1 + sum(o.startswith('sparsity') for o in rec.metric_names)
         if n > 1: self.column = f'sparsity_{n}'

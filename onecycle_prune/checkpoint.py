@@ -1,6 +1,6 @@
 """What a checkpoint does not hold, and what a pruned learner needs around a fit
 
-A checkpoint of the model holds the masks, since pruned weights are zero. But a criterion such as `movement` compares with the start of training, and a checkpoint does not hold that. So it is kept in a file next to the checkpoints, written whole or not at all with each of them. For other criteria there is no such file.
+A checkpoint of the model holds the masks, since pruned weights are zero. But a criterion such as `movement` compares with the start of training, and a checkpoint does not hold that. So a file next to the checkpoints holds it. It is written with each of them, whole or not at all. For other criteria there is no such file.
 
 This module also changes what fastai does around a fit, for one learner and for the time of its fit. No method of the class `Learner` is replaced.
 
@@ -27,7 +27,7 @@ from .sparsifier import Sparsifier
 def weights_hash(
     sparsifier:Sparsifier # Of the model as it is now
 )->list[int]: # One integer for each layer
-    "A number that tells the weights of each layer from others: the sum of their bits"
+    "A hash of the weights of each layer: the sum of their bits"
     return [int(as_ints(m.weight).sum()) for m in sparsifier.layers.values()]
 
 # %% ../nbs/07_checkpoint.ipynb #69329286
@@ -36,7 +36,7 @@ def save_memory(
     sparsifier:Sparsifier, # Its memory is saved, if it has one
     checkpoint_hashes:dict[int, list[int]] # {number of epochs done: `weights_hash` of the checkpoint}
 ):
-    "Write what the criterion remembers, whole or not at all; without a memory there is no file"
+    "Write the memory of the criterion, whole or not at all; without a memory there is no file"
     memory = sparsifier.state_dict()['memory']
     if memory: atomic_write(path, lambda p: torch.save(dict(memory=memory, checkpoint_hashes=checkpoint_hashes), p))
 
@@ -46,16 +46,17 @@ def load_memory(
     sparsifier:Sparsifier, # A new one, of the model as it was after `epoch` epochs
     epoch:int # Number of epochs done
 )->dict[int, list[int]]: # The `checkpoint_hashes` of the file; empty if the criterion remembers nothing
-    "Give the criterion its memory back; raises `FileNotFoundError` if the file is missing, and `ValueError` if it belongs to another training"
+    "Load the criterion's memory; raises `FileNotFoundError`, or `ValueError` if the file is of another training"
     state = sparsifier.state_dict()
     if not state['memory']: return {}
     name = getattr(sparsifier.criteria, '__name__', 'The criterion')
     if not path.exists():
-        raise FileNotFoundError(f"{name} compares with the start of training. That is kept in {path}, which is missing. Put it back, or train from epoch 0.")
+        raise FileNotFoundError(f"{name} compares with the start of training. That is kept in {path}, which is "
+                                "missing. Put it back, or train from epoch 0.")
     kept = torch.load(path, map_location='cpu', weights_only=True)
     if kept['checkpoint_hashes'].get(epoch)!=weights_hash(sparsifier):
-        raise ValueError(f"{path} belongs to another training: after {epoch} epochs its weights were not those of this model. "
-                         "Load the checkpoint of that epoch, or train from epoch 0.")
+        raise ValueError(f"{path} belongs to another training: after {epoch} epochs its weights were not those of "
+                         "this model. Load the checkpoint of that epoch, or train from epoch 0.")
     sparsifier.load_state_dict(state | dict(memory=kept['memory']))
     return kept['checkpoint_hashes']
 
@@ -65,10 +66,10 @@ class Override:
     def __init__(self,
         callback:Callback, # On a learner
         name:str, # Of a method of the learner
-        run # Is called instead of the method: with the method, and then its arguments
+        run # A function that is called instead, with the method and then its arguments
     ):
-        self.callback,self.learn = callback,callback.learn
-        self.name,self.run = name,run
+        self.callback,self.name,self.run = callback,name,run
+        self.learn = callback.learn
         replaced = vars(self.learn).get(name) # another override, or what the user has put there
         if isinstance(replaced, Override) and replaced.is_over: restore_methods(self.learn)
         self.replaced = vars(self.learn).get(name)
@@ -105,32 +106,34 @@ def warn_of_best(
     monitors = [cb.monitor for cb in learn.cbs if isinstance(cb, SaveModelCallback)
                 and not (cb.every_epoch or cb.at_end or cb.monitor.startswith('sparsity'))]
     if monitors:
-        warn(f"SaveModelCallback ends with the epoch of the best {monitors[0]}, which may be less sparse than the last one. "
-             "To end with the last epoch, set every_epoch, at_end, or monitor='sparsity'.")
+        warn(f"SaveModelCallback ends with the epoch of the best {monitors[0]}, which may be less sparse than the "
+             "last one. To end with the last epoch, set every_epoch, at_end, or monitor='sparsity'.")
 
 # %% ../nbs/07_checkpoint.ipynb #42229e24
 class PrunedBefore(Callback):
     "Warn if the next fit trains weights that an earlier one has pruned"
-    order,run_valid = Recorder.order+2,False # after `SparsifyCallback` has built its sparsifier
+    order = Recorder.order+2 # after `SparsifyCallback` has built its sparsifier
+    run_valid = False
     def __init__(self, names): self.names = set(names)
     def __reduce__(self): return Callback, ()
 
     def before_fit(self):
-        # neither validation, which locks the learner, nor the search for a learning rate trains the model
+        # Validation, which locks the learner, and the search for a learning rate do not train the model.
         if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
         if any(isinstance(getattr(cb, 'sparsifier', None), Sparsifier) for cb in self.learn.cbs): return
         layers = {n: m for n,m in prunable(self.learn.model).items() if n in self.names}
         zeros = {n: float((m.weight==0).float().mean()) for n,m in layers.items()}
         if any(zeros.values()):
             shares = ', '.join(f'{n} ({z:.0%} zeros)' for n,z in zeros.items() if z)
-            warn(f"Weights that an earlier training pruned will be trained again: {shares}. To keep them pruned, train with `SparsifyCallback`.")
+            warn(f"Weights that an earlier training pruned will be trained again: {shares}. "
+                 "To keep them pruned, train with `SparsifyCallback`.")
         self.learn.remove_cb(self)
 
 def note_pruned(
     learn:Learner, # At the end of a pruned fit
     names:list[str] # Of the layers that were pruned
 ):
-    "Have the learner warn if its next fit trains these layers without a `SparsifyCallback`"
+    "Add or update a `PrunedBefore`, which warns if the next fit trains these layers without a `SparsifyCallback`"
     present = [cb for cb in learn.cbs if isinstance(cb, PrunedBefore)]
     if present: present[0].names |= set(names)
     else: learn.add_cb(PrunedBefore(names))

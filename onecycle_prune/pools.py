@@ -19,35 +19,40 @@ from ._utils import raise_unknown
 from .granularity import Granularity, get_granularity
 from .layers import match
 
-# %% ../nbs/05_pools.ipynb #48e58738
+# %% ../nbs/05_pools.ipynb #678afe7e
+def _is_number(o): return isinstance(o, Real) and not isinstance(o, bool)
+
 def _fraction_meant(sparsity):
     "The fraction that `sparsity` probably stands for, such as .9 for 90 and '90 %', or None"
     if isinstance(sparsity, str):
         number = re.fullmatch(r'\s*(\d*\.?\d+)\s*(%?)\s*', sparsity)
         if not number: return None
         sparsity = float(number[1])/100 if number[2] else float(number[1])
-    elif not isinstance(sparsity, Real) or isinstance(sparsity, bool): return None
-    return sparsity/100 if 1 < sparsity <= 100 else sparsity if 0 <= sparsity <= 1 else None
+    if not _is_number(sparsity): return None
+    if 0 <= sparsity <= 1: return sparsity
+    return sparsity/100 if 1 < sparsity <= 100 else None
 
-# %% ../nbs/05_pools.ipynb #678afe7e
 def check_sparsity(
     sparsity, # A fraction in [0, 1], or a dict of layers to fractions
     implied:float=None # The fraction that an n:m pattern implies; then it is also the default
 )->float|dict: # The same, as Python floats
-    "The target sparsity; raises `ValueError` if it is no fraction in [0, 1], or not the one that is `implied`"
+    "The target sparsity; raises `ValueError` if it is no fraction in [0, 1], or differs from `implied`"
     if isinstance(sparsity, dict) and sparsity: return {k: check_sparsity(v, implied) for k,v in sparsity.items()}
     if sparsity is None and implied is not None: return implied
     meant = _fraction_meant(sparsity)
     hint = '' if meant is None else f" Did you mean {meant:g}?"
-    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
+    if not _is_number(sparsity):
         raise ValueError(f"Sparsity is a fraction in [0, 1], or a dict of layers to fractions, got {sparsity!r}.{hint}")
     if not 0 <= sparsity <= 1: raise ValueError(f"Sparsity is a fraction in [0, 1], got {sparsity!r}.{hint}")
     if implied is not None and not math.isclose(sparsity, implied):
-        raise ValueError(f"The pattern implies a sparsity of {implied:g}, got {sparsity!r}. Leave it out, or choose another pattern.")
+        raise ValueError(f"The pattern implies a sparsity of {implied:g}, got {sparsity!r}. "
+                         "Leave it out, or choose another pattern.")
     return float(sparsity)
 
 # %% ../nbs/05_pools.ipynb #d999ed0a
-_context_hints = dict.fromkeys(['layer', 'layerwise', 'layer-wise', 'per-layer', 'layers'], "'local'") | dict.fromkeys(['model', 'network', 'all'], "'global'")
+_local_words = ['layer', 'layerwise', 'layer-wise', 'per-layer', 'layers']
+_global_words = ['model', 'network', 'all']
+_context_hints = dict.fromkeys(_local_words, "'local'") | dict.fromkeys(_global_words, "'global'")
 
 def get_context(
     context:str|None, # 'local', 'global', or None for the default of the granularity
@@ -74,7 +79,7 @@ class Pool:
         self.key = key
         self.dense = dense
         self.n_groups = sum(p.numel() for p in pruned.values())
-        self.n_pruned = None # unknown until they are counted
+        self.n_pruned = None # unknown until `count` counts them
         self.floor = 0
 
     def __repr__(self):
@@ -90,12 +95,14 @@ class Pool:
     def budget(self,
         sparsity:float|dict # As for `sparsity`
     )->int:
-        "How many groups that makes: `round(sparsity*n)`, but each layer keeps one group; raises `ValueError` beyond an n:m pattern"
-        fraction,implied = self.sparsity(sparsity),self.granularity.sparsity
+        "`round(sparsity*n)` of n groups, but each layer keeps one; raises `ValueError` for more than the n:m pattern"
+        fraction = self.sparsity(sparsity)
+        implied = self.granularity.sparsity
         wanted = round(fraction*self.n_groups)
         if implied is not None and wanted > round(implied*self.n_groups):
-            raise ValueError(f"Granularity {self.granularity} prunes {implied:g} of the weights and no more, got {fraction!r}.")
-        # if whole layers are the groups, one layer of the pool stays
+            raise ValueError(f"Granularity {self.granularity} prunes {implied:g} of the weights and no more, "
+                             f"got {fraction!r}.")
+        # If whole layers are the groups, the pool keeps one layer.
         n_kept = 1 if self.granularity.name=='layer' else len(self.pruned)
         return min(wanted, self.n_groups - n_kept)
 
@@ -113,34 +120,34 @@ class Pool:
     def set_floor(self,
         sparsity:float|dict # As for `sparsity`
     ):
-        "Keep pruned what is pruned now, at most up to the budget of `sparsity`"
+        "Set the floor to the groups that are pruned now, at most to the budget of `sparsity`"
         self.floor = min(self.budget(sparsity), self.count())
 
     def warn_if_unreachable(self,
         sparsity:float|dict # As for `sparsity`
     ):
         "Warn if the target would take a layer's last group"
-        fraction,k = self.sparsity(sparsity),self.budget(sparsity)
+        fraction = self.sparsity(sparsity)
+        k = self.budget(sparsity)
         if k < round(fraction*self.n_groups):
-            warn(f"{', '.join(self.pruned)}: a sparsity of {fraction:g} would prune all {self.n_groups} groups of a layer. "
-                 f"One group of each layer is kept, and the sparsity will be {k/self.n_groups:.6g}.")
+            warn(f"{', '.join(self.pruned)}: a sparsity of {fraction:g} would prune all {self.n_groups} groups "
+                 f"of a layer. One group of each layer is kept, and the sparsity will be {k/self.n_groups:.6g}.")
 
-# %% ../nbs/05_pools.ipynb #0e4c3173
-def _name(key): return repr(getattr(key, '__name__', key))
+# %% ../nbs/05_pools.ipynb #e35d5444
+def _key_name(key): return repr(getattr(key, '__name__', key))
 
 def _entries(keys, layers):
-    "For each key its own layers; the key that matches fewer goes first"
+    "Yield each key with its own layers, from the key that matches fewest layers on"
     matches = [(k, match(k, layers)) for k in keys]
     free = set(layers)
     for key,names in sorted(matches, key=lambda o: len(o[1])):
         own = [n for n in names if n in free]
         if not own:
             why = f"leaves no layer to it: other entries have {', '.join(names)}" if names else 'matches no layer'
-            raise ValueError(f"The entry {_name(key)} of the sparsity dict {why}. Layers: {', '.join(layers)}.")
+            raise ValueError(f"The entry {_key_name(key)} of the sparsity dict {why}. Layers: {', '.join(layers)}.")
         free -= set(own)
         yield key,own
 
-# %% ../nbs/05_pools.ipynb #e35d5444
 def make_pools(
     sparsity:float|dict, # One fraction, or {layer class, name, module or function: fraction}; only the keys matter
     layers:dict[str, torch.nn.Module], # All chosen layers

@@ -48,12 +48,13 @@ def filter_tensors(
 def remember_start(
     criteria, # As `get_criteria` gives it
     layers:dict[str, nn.Module], # The layers at the start of training
-    broadcast:bool=False # Whether process 0 sends what it remembers to all others
-)->dict[str, torch.Tensor]: # For each layer a tensor in the shape of its weight; empty if the criterion remembers nothing
-    "What a criterion remembers of each layer"
+    broadcast:bool=False # Whether process 0 sends its memory to all others
+)->dict[str, torch.Tensor]: # {layer name: tensor in the shape of its weight}; empty for most criteria
+    "The memory of a criterion: whatever it needs of the start of training, or of the last batch"
     if not hasattr(criteria, 'memory'): return {}
     with torch.random.fork_rng(devices=[]): memory = {n: criteria.remember(m.weight) for n,m in layers.items()}
-    for t in memory.values() if broadcast else (): torch.distributed.broadcast(t, 0)
+    if broadcast:
+        for t in memory.values(): torch.distributed.broadcast(t, 0)
     return memory
 
 # %% ../nbs/06_sparsifier.ipynb #4d2ac7fa
@@ -62,10 +63,10 @@ class FiniteCheck:
     def __init__(self): self.latest = {} # on the host, the most recent answer for each key
 
     def answer(self,
-        key, # Names what was asked about; the same in every batch
+        key, # Any hashable; the same for the same layers in every batch
         finite:torch.Tensor # Bool, of any shape, on any device
     )->torch.Tensor: # Bool, in the same shape, on the host
-        "Copy `finite` to the host without waiting. Return the most recent value that has arrived, on a GPU possibly the previous step's."
+        "Copy `finite` to the host without waiting, and return the latest copy: on a GPU possibly the previous step's"
         if key not in self.latest:
             self.latest[key] = torch.ones(finite.shape, dtype=torch.bool, pin_memory=finite.is_cuda)
         return self.latest[key].copy_(finite, non_blocking=True)
@@ -74,17 +75,24 @@ class FiniteCheck:
         name:str, # Of a layer
         scores:torch.Tensor # Of its weights or groups
     ):
-        "Look at the sum, which is finite if all scores are and cheaper to ask, and only then at each score"
+        "Check the sum, which is cheaper, and each score only if the sum is not finite"
         if not self.answer(name, scores.sum().isfinite()): self.check_each(name, scores)
 
-    def check_each(self, name, scores):
+    def check_each(self,
+        name:str, # Of a layer
+        scores:torch.Tensor # Of its weights or groups
+    ):
+        "Check each score, and wait for the device"
         if not scores.isfinite().all():
-            raise ValueError(f"Scores of layer '{name}' are NaN or infinite, and cannot be ranked: has the training diverged?")
+            raise ValueError(f"Scores of layer '{name}' are NaN or infinite, and cannot be ranked: "
+                             "has the training diverged?")
 
 # %% ../nbs/06_sparsifier.ipynb #d0c18eee
 #: {what other libraries call an argument: its name here}
-argument_hints = dict(criterion="'criteria'", end_sparsity="'sparsity'", final_sparsity="'sparsity'", amount="'sparsity'",
-    layer_type="'layers'", modules="'layers'", schedule_func="'schedule'", sched_func="'schedule'", scope="'context'")
+argument_hints = dict(
+    amount="'sparsity'", end_sparsity="'sparsity'", final_sparsity="'sparsity'", scope="'context'",
+    criterion="'criteria'", schedule_func="'schedule'", sched_func="'schedule'",
+    layer_type="'layers'", modules="'layers'")
 
 def _shapes(state):
     "The shapes of all tensors in nested dicts; anything else is returned as it is"
@@ -95,11 +103,16 @@ class Sparsifier:
     "Zero the least important weights of a model in place, exactly as many as asked"
     @explain_arguments(argument_hints)
     def __init__(self,
-        model:nn.Module, # A model, or a fastai `Learner`; its weights change in place, and nothing else does
-        granularity:str='weight', # Which weights are pruned together: a name in `granularities`, or a pattern such as '2:4'
-        context:str|None=None, # Which groups compete: those of each layer ('local'), or of all layers ('global'); by default 'global' for single weights, and 'local' for larger groups
-        criteria='large_final', # How important a weight is: a name in `criteria`, a `Criteria`, or a function of a module to scores
-        layers=None # Which modules: classes, names, modules, or a function of a module to bool; by default all convolutions and linear layers
+        # A model, or a fastai `Learner`; its weights change in place, and nothing else does
+        model:nn.Module,
+        # Weights that are pruned together: a name in `granularities`, or a pattern such as '2:4'
+        granularity:str='weight',
+        # Groups compete in each layer ('local'), or across layers ('global', the default for weights and whole layers)
+        context:str|None=None,
+        # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores
+        criteria='large_final',
+        # Classes, names, modules, or a function of a module to bool; by default all convolutions and linear layers
+        layers=None
     ):
         "Raises `ValueError` if an argument is not one of these, or if a layer cannot be pruned as asked"
         self.granularity = get_granularity(granularity)
@@ -117,17 +130,19 @@ class Sparsifier:
         self._set_pools(None)
 
     def __repr__(self):
-        n_pruned,n_groups = sum(p.count() for p in self.pools),sum(p.n_groups for p in self.pools)
+        n_pruned = sum(p.count() for p in self.pools)
+        n_groups = sum(p.n_groups for p in self.pools)
         criteria = getattr(self.criteria, '__name__', self.criteria)
         return (f"Sparsifier(granularity={self.granularity}, context={self.context!r}, criteria={criteria!r}): "
                 f"{len(self.layers)} layers, {len(self.pools)} pools, {n_pruned} of {n_groups} groups pruned")
 
     @torch.no_grad()
     def prune(self,
-        sparsity:float|dict # Fraction of the groups to prune, in [0, 1], or {layer class, name, module or function: fraction}
+        sparsity:float|dict # Fraction of the groups to prune, in [0, 1], or {class, name, module or function: fraction}
     )->float: # Fraction of the groups of all pools that are pruned now
-        """Zero the least important groups in place: `round(sparsity*n)` of each pool of n, but each layer keeps one, and never fewer than its floor. \
-Raises `ValueError` for another sparsity, or if scores cannot be ranked"""
+        """Zero the least important groups in place: `round(sparsity*n)` of each pool of n, or its floor if it is more.
+
+        Each layer keeps one group. Raises `ValueError` for any other sparsity, or if scores cannot be ranked."""
         sparsity = check_sparsity(sparsity)
         self._set_pools(sparsity)
         targets = [p.target(sparsity) for p in self.pools]
@@ -162,25 +177,27 @@ Raises `ValueError` for another sparsity, or if scores cannot be ranked"""
     def set_floor(self,
         sparsity:float|dict # As for `prune`
     ):
-        "Keep pruned what is pruned now, of each pool at most up to `sparsity`, even if `prune` is asked for less"
+        "From now on, `prune` keeps as many groups of a pool pruned as are pruned now, at most up to `sparsity`"
         sparsity = check_sparsity(sparsity)
         self._set_pools(sparsity)
         for pool in self.pools: pool.set_floor(sparsity)
 
     def clear_floor(self):
-        "Let `prune` give groups back again"
+        "Allow `prune` to return groups again"
         for pool in self.pools: pool.floor = 0
 
-    def state_dict(self)->dict[str, dict[str, torch.Tensor]]: # {'pruned': {layer name: mask of groups}, 'memory': {layer name: tensor}}
-        "The masks, and what the criterion remembers of the start of training (empty for most criteria)"
-        lasting = getattr(self.criteria, 'memory', 'last')!='last' # what is remembered of the last batch is in the weights
+    def state_dict(self
+    )->dict[str, dict[str, torch.Tensor]]: # {'pruned': {layer name: mask of groups}, 'memory': {layer name: tensor}}
+        "The masks, and the criterion's memory of the start of training (empty for most criteria)"
+        # A memory of the last batch is a copy of the weights, so it is not saved.
+        lasting = getattr(self.criteria, 'memory', 'last')!='last'
         return dict(pruned=self.pruned, memory=self.memory if lasting else {})
 
     @torch.no_grad()
     def load_state_dict(self,
         state:dict # As `state_dict` gave it, of a sparsifier with the same layers, granularity and criterion
     ):
-        "Take over masks and memory, and zero what is pruned; raises `ValueError` if the state belongs to other layers, before anything changes"
+        "Take over masks and memory, and zero pruned weights. Raises `ValueError` first if the state is of other layers"
         own,given = _shapes(self.state_dict()),_shapes(state)
         if given!=own: raise ValueError(f"The state belongs to other layers: {given}. This sparsifier has {own}.")
         for part,tensors in self.state_dict().items():
@@ -191,22 +208,22 @@ Raises `ValueError` for another sparsity, or if scores cannot be ranked"""
     # --- the steps of `prune`
 
     def _set_pools(self, sparsity):
-        "Resolve the pools, unless they are those of the last time: only the entries of `sparsity` matter"
+        "Make the pools, unless they exist for these entries of `sparsity`; its values do not matter"
         keys = tuple(sparsity) if isinstance(sparsity, dict) else None
         if hasattr(self, 'pools') and keys==self._keys: return
         self.pools = make_pools(sparsity, self.chosen, self.pruned, self.granularity, self.context)
         self._keys = keys
 
     def _update_masks(self, targets):
-        "Bring each pool to its target, and zero what is pruned"
-        active = [(p, k) for p,k in zip(self.pools, targets) if k] # if nothing shall be pruned, nothing is touched
+        "Bring each pool to its target, and zero the pruned weights"
+        active = [(p, k) for p,k in zip(self.pools, targets) if k] # a target of 0 needs no selection
         selection = select([self._problem(p, k) for p,k in active])
         if selection.finite is not None: self._check_weights([p for p,_ in active], selection.finite)
         selection.commit()
         for pool,k in zip(self.pools, targets):
             if not k and pool.n_pruned!=0:
                 for p in pool.pruned.values(): p.zero_()
-            elif k and not self._is_magnitude: # of magnitudes, the selection has zeroed the weights
+            elif k and not self._is_magnitude: # for magnitudes, `commit` has zeroed the weights
                 for n in pool.pruned: self._zero(n)
             pool.n_pruned = k
 
@@ -224,17 +241,20 @@ Raises `ValueError` for another sparsity, or if scores cannot be ranked"""
         scores = self.criteria(m, self.memory[name]) if self.memory else self.criteria(m)
         if not isinstance(scores, torch.Tensor) or scores.shape != m.weight.shape:
             given = f"{type(scores).__name__} of shape {getattr(scores, 'shape', None)}"
-            raise ValueError(f"A criterion gives a tensor with a score for each weight; {self.criteria!r} gave a {given} for layer '{name}' of shape {m.weight.shape}.")
+            raise ValueError(f"A criterion gives a tensor with a score for each weight; {self.criteria!r} gave a "
+                             f"{given} for layer '{name}' of shape {m.weight.shape}.")
         scores = g.reduce(scores if scores.is_floating_point() else scores.float(), m)
         self._finite.check_scores(name, scores)
         return g.constrain(scores, self.pruned[name], m)
 
     def _check_weights(self, pools, finite):
-        for pool,ok in zip(pools, self._finite.answer(tuple(tuple(p.pruned) for p in pools), finite).tolist()):
-            for n in () if ok else pool.pruned: self._finite.check_each(n, self.layers[n].weight)
+        names = tuple(tuple(p.pruned) for p in pools)
+        for pool,is_finite in zip(pools, self._finite.answer(names, finite).tolist()):
+            if is_finite: continue
+            for n in pool.pruned: self._finite.check_each(n, self.layers[n].weight)
 
     def _zero(self, name):
-        "Zero what is pruned of one layer, in place"
+        "Zero the pruned groups of one layer in place"
         m,pruned = self.layers[name],self.pruned[name]
         zero_(grouped_view(m.weight, m), pruned)
         for t in self.filter_tensors.get(name, []): zero_(t, pruned.flatten())

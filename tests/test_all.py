@@ -2,7 +2,6 @@
 import ast, builtins, types
 from pathlib import Path
 
-import fastai.vision.all
 import pytest
 
 import onecycle_prune.all

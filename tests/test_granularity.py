@@ -175,7 +175,7 @@ def blocks(layer, m):
 
 
 def lowest_of_blocks(layer, n, m):
-    "Indices of the weights that an n:m pattern prunes: the m-n smallest of each block; ties are broken by the lower index"
+    "Indices of the weights that an n:m pattern prunes: the m-n smallest of each block, with the lower index of ties"
     w = layer.weight.detach().abs()
     return {i for block in blocks(layer, m) for i in sorted(block, key=lambda i: w[i].item())[:m-n]}
 

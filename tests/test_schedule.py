@@ -171,7 +171,7 @@ def test_nearest(name, right):
 
 @pytest.mark.parametrize('word,right', [
     ('gradual', "'agp'"), ('automated_gradual_pruning', "'agp'"), ('cosine_annealing', "'cosine'"),
-    ('SchedCos', "'cosine'"), ('sched_lin', "'linear'"), ('dense_sparse_dense', "'dsd'"), 
+    ('SchedCos', "'cosine'"), ('sched_lin', "'linear'"), ('dense_sparse_dense', "'dsd'"),
     ('constant', 'lambda pos: 1, '), ('none', 'lambda pos: 1, ')])
 def test_hints(word, right):
     "A word of another library is answered with the same schedule"

@@ -1,6 +1,6 @@
 """The bits of a weight as an integer, zeros written in place, and memory layouts
 
-What the backends of selection share, and the sparsifier too: they read magnitudes as integers, they zero pruned values in place, and they need to know whether a mask lies in memory as its weights do.
+The backends of selection share these functions, and the sparsifier uses them too. They read magnitudes as integers, zero pruned values in place, and check whether a mask lies in memory as its weights do.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/select/bits.html.md"""
 

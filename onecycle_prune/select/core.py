@@ -1,6 +1,6 @@
 """The one public function of selection: the exact k lowest of each pool
 
-`select` takes the problems of all pools, and gives each to the first backend that supports it. What a backend leaves goes to the next one. The order is: fused magnitude pruning, if [numba](https://numba.pydata.org) is installed or [Triton](https://triton-lang.org) can be trusted on the GPU; then numpy on a CPU, and a stable sort elsewhere. The masks are the same with every backend.
+`select` takes the problems of all pools, and gives each to the first backend that supports it. If a problem falls back, the next backend takes it. The order is: fused magnitude pruning, if [numba](https://numba.pydata.org) is installed or [Triton](https://triton-lang.org) can be trusted on the GPU; then numpy on a CPU, and a stable sort elsewhere. The masks are the same with every backend.
 
 Selection knows tensors. It knows no layer, no model and no fastai.
 
@@ -17,7 +17,7 @@ from functools import cache
 from .numpy_backend import NumpyBackend
 from .reference import Backend, Problem, Reference
 
-# %% ../../nbs/select/16_core.ipynb #96f9869a
+# %% ../../nbs/select/16_core.ipynb #ddfab47d
 def _fused_backend(device, dtype):
     "The backend of fused magnitude pruning on `device`, or None"
     if dtype is None: return None
@@ -28,9 +28,8 @@ def _fused_backend(device, dtype):
         if device.type=='cuda':
             from onecycle_prune.select.triton_backend import TritonBackend, trusted
             return TritonBackend if trusted(device, dtype) else None
-    except ImportError: return None # they are optional
+    except ImportError: return None # numba and Triton are optional
 
-# %% ../../nbs/select/16_core.ipynb #ddfab47d
 @cache
 def backends(
     device:torch.device, # Of the masks
@@ -47,32 +46,35 @@ class Selection:
         problems:list[Problem] # One for each pool
     ):
         self.parts = [] # backends, each with its share of the problems
-        #: Bool, one for each problem: whether its weights are finite, as far as its backend looked. A GPU answers later.
+        #: Bool, one for each problem: whether its weights are finite, if its backend checks them. A GPU answers later.
         self.finite = None
-        for kind in dict.fromkeys(map(_kind, problems)): # a backend takes one device and precision
-            waiting = [i for i,p in enumerate(problems) if _kind(p)==kind]
-            for backend in backends(*kind):
-                mine = [i for i in waiting if backend.supports(problems[i])]
-                if not mine: continue
-                part = backend([problems[i] for i in mine])
+        placements = [_device_and_dtype(p) for p in problems]
+        for placement in dict.fromkeys(placements): # a backend takes one device and precision
+            waiting = [i for i,o in enumerate(placements) if o==placement]
+            for backend in backends(*placement):
+                taken = [i for i in waiting if backend.supports(problems[i])]
+                if not taken: continue
+                part = backend([problems[i] for i in taken])
                 self.parts.append(part)
-                self._note_finite(part.finite, mine, len(problems))
-                waiting = [i for i in waiting if i not in mine] + [i for i,left in zip(mine, part.fallback) if left]
+                self._note_finite(part.finite, taken, len(problems))
+                falling_back = [i for i,falls_back in zip(taken, part.fallback) if falls_back]
+                waiting = [i for i in waiting if i not in taken] + falling_back
 
-    def _note_finite(self, finite, mine, n):
+    def _note_finite(self, finite, taken, n_problems):
+        "Put the answers of one backend, which took the problems `taken`, among those of all problems"
         if finite is None: return
-        if self.finite is None: self.finite = finite.new_ones(n)
-        self.finite.index_copy_(0, torch.tensor(mine).to(finite.device, non_blocking=True), finite)
+        if self.finite is None: self.finite = finite.new_ones(n_problems)
+        self.finite.index_copy_(0, torch.tensor(taken).to(finite.device, non_blocking=True), finite)
 
     def commit(self):
         "Change the masks, and zero the pruned weights of problems that have weights"
         for part in self.parts: part.commit()
 
-def _kind(problem): return problem.pruned[0].device,problem.weights and problem.weights[0].dtype
+def _device_and_dtype(problem):
+    return problem.pruned[0].device,problem.weights[0].dtype if problem.weights else None
 
-# %% ../../nbs/select/16_core.ipynb #ebabfff0
 def select(
     problems:list[Problem] # One for each pool
 )->Selection: # Nothing has changed yet: call its `commit`
-    "Find the groups of each pool to prune: those pruned already, then the lowest scores; ties are broken by the lower index"
+    "Find the groups to prune: of each pool the pruned ones, then the lowest scores; ties are broken by the lower index"
     return Selection(problems)

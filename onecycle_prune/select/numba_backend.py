@@ -1,8 +1,8 @@
 """Fused magnitude pruning on a CPU: one pass over the weights
 
-Nearly every training prunes single weights by magnitude. Then scoring, selecting and zeroing can be one thing: look at each weight once. This backend does that for all pools of a model together, with the loops of [numba_kernels](13_numba_kernels.ipynb). Nothing of the model's size is written next to the model itself.
+Nearly every training prunes single weights by magnitude. Then one pass over the weights can score, select and zero. This backend does that for all pools of a model together, with the loops of [numba_kernels](13_numba_kernels.ipynb). It needs no other memory of the model's size.
 
-It takes only problems that have `weights`, and finds what `reference.prune_lowest` finds among the scores `w.abs()`. Whatever is out of the ordinary is left to the next backend.
+It takes only problems that have `weights`, and prunes the same weights as `reference.prune_lowest` with the scores `w.abs()`. It leaves unusual problems to the next backend.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/select/numba_backend.html.md"""
 
@@ -53,9 +53,10 @@ class NumbaBackend:
         self.n_prune = np.array([p.n_prune for p in problems])
         self.inf = _inf(self.weights[0].dtype)
         self.layout = _block_layout(tuple(tuple(w.numel() for w in p.weights) for p in problems))
-        addresses = np.array([(w.data_ptr(), m.data_ptr()) for w,m in zip(self.weights, self.pruned)])[self.layout.layer].T
-        self.blocks = np.column_stack((addresses[0] + self.layout.start*self.inf.itemsize,
-                                       addresses[1] + self.layout.start, self.layout.size))
+        layers = np.array([(w.data_ptr(), m.data_ptr()) for w,m in zip(self.weights, self.pruned)])
+        weights,masks = layers[self.layout.layer].T # addresses, one for each block
+        self.blocks = np.column_stack((weights + self.layout.start*self.inf.itemsize, masks + self.layout.start,
+                                       self.layout.size))
         self.candidates = np.empty((len(self.blocks), kernels.block_size//64), np.uint64)
         self.counts = np.zeros(len(self.blocks), int)
         self._find_candidates()
@@ -75,15 +76,16 @@ class NumbaBackend:
         todo = np.ones(len(limit), bool)
         while todo.any():
             for p in np.flatnonzero(todo): limit[p] = next(limits[p])
-            kernels.find_candidates(self._rows(todo), self.blocks, limit[self.layout.pool], self.inf, self.candidates, self.counts)
+            kernels.find_candidates(self._rows(todo), self.blocks, limit[self.layout.pool], self.inf,
+                                    self.candidates, self.counts)
             self.n_candidates = np.add.reduceat(self.counts, self.layout.first_block)
             todo = self.n_candidates < self.n_prune
 
     def _limits(self):
         "For each pool, rising limits for the keys of its candidates; -1 means none"
         unknown = np.iinfo(self.inf.dtype).max
-        room = kernels.block_size//kernels.sample_every*kernels.sample_run
-        samples = np.full((len(self.blocks), room), unknown, self.inf.dtype)
+        sample_size = kernels.block_size//kernels.sample_every*kernels.sample_run
+        samples = np.full((len(self.blocks), sample_size), unknown, self.inf.dtype)
         kernels.sample_keys(self.blocks, samples)
         samples = np.split(samples, self.layout.first_block[1:])
         return [bounds(s.ravel(), n*share, self.inf) if n else iter([-1])
@@ -96,8 +98,9 @@ class NumbaBackend:
         starts = np.cumsum(self.counts) - self.counts
         kernels.gather_keys(self._rows(self.n_prune > 0), self.blocks, self.candidates, starts, keys, max_magnitude)
         self.thresholds = np.zeros_like(self.n_prune, self.inf.dtype)
-        ties = {} # of each pool with more ties than it prunes, how many it does
-        for p,(pool_keys,n) in enumerate(zip(np.split(keys, np.cumsum(self.n_candidates)[:-1]), self.n_prune.tolist())):
+        ties = {} # {pool that has more ties than it prunes: how many it prunes}
+        keys_of_pools = np.split(keys, np.cumsum(self.n_candidates)[:-1])
+        for p,(pool_keys,n) in enumerate(zip(keys_of_pools, self.n_prune.tolist())):
             if not n: continue
             pool_keys.partition(n-1) # in place
             self.thresholds[p] = threshold = pool_keys[n-1]
@@ -112,14 +115,14 @@ class NumbaBackend:
         "For each pool, whether one of its several layers could lose all weights"
         def _collapses(layer, threshold):
             blocks = self.layout.layer==layer
-            # only a layer that would lose all its candidates is counted
+            # Counting is slow, so only a layer that would lose all its candidates is counted.
             return (max_magnitude[blocks].max() <= threshold and
                     self.counts[blocks].sum() + int(self.pruned[layer].count_nonzero()) == self.weights[layer].numel())
         return np.array([len(layers) > 1 and any(_collapses(l, threshold) for l in layers)
                          for layers,threshold in zip(self.layout.layers, self.thresholds)])
 
     def _ties_per_block(self, ties):
-        "For each block, how many of its ties are pruned: all, or the first of the pool, as many as `ties` says"
+        "For each block, how many of its ties are pruned: all, or in a pool of `ties` only the first ones"
         to_prune = self.layout.size.copy()
         if not ties: return to_prune
         n_ties = np.zeros_like(self.counts)

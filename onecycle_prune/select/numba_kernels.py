@@ -1,6 +1,6 @@
 """The loops over the weights that numba compiles, for one thread or several
 
-The weights of a model are split into blocks that fit into a cache. Each loop here goes over blocks. One samples keys, one finds candidates, one gathers the candidates' keys, one counts ties, and one prunes. [numba_backend](14_numba_backend.ipynb) puts them together. Blocks do not overlap, so several threads share them: as many as torch uses.
+The weights of a model are split into blocks that fit into a cache. Each function here is a loop over blocks. One samples keys, one finds candidates, one gathers the candidates' keys, one counts ties, and one prunes. [numba_backend](14_numba_backend.ipynb) puts them together. Blocks do not overlap, so several threads share them: as many as torch uses.
 
 [Numba](https://numba.pydata.org) compiles them (`pip install 'onecycle_prune[fast]'`) and keeps them on disk. So only the first training of an installation waits for the compiler, for some seconds.
 
@@ -39,7 +39,7 @@ def _n_threads():
 def _compiled(f):
     "`f` compiled twice, for one thread and for several; each call runs the right one"
     twin = FunctionType(f.__code__, f.__globals__)
-    twin.__qualname__ = f'{f.__name__}_parallel' # numba's cache on disk goes by this name
+    twin.__qualname__ = f'{f.__name__}_parallel' # the name in numba's cache on disk
     serial = njit(f, nogil=True, cache=True)
     parallel = njit(twin, nogil=True, cache=True, parallel=True)
     @wraps(f)
@@ -53,11 +53,10 @@ def _compiled(f):
     return _run
 
 # %% ../../nbs/select/13_numba_kernels.ipynb #8d2dc56c
-block_size = 2**16 # weights, at most
-sample_every = 2**12 # of so many weights …
-sample_run = 16 # … so many neighbours are sampled, since they reach the processor together
+block_size = 2**16 # weights of a block, at most
+sample_every = 2**12 # weights from the start of one sampled run to the next
+sample_run = 16 # weights of a run: neighbours, since they reach the processor together
 
-# %% ../../nbs/select/13_numba_kernels.ipynb #000b96db
 @intrinsic
 def _pointer(typingctx, address):
     "An integer as an address"
@@ -75,10 +74,11 @@ def _key_mask(like): return np.iinfo(like.dtype).max # all bits except the sign
 # %% ../../nbs/select/13_numba_kernels.ipynb #598989c0
 @_compiled
 def sample_keys(
-    blocks:np.ndarray, # Address of weights, address of mask, number of weights: of shape (B, 3) for B blocks; all arrays are int64 if nothing else is said
-    samples:np.ndarray # Room for `sample_run` of each `sample_every` keys, of shape (B, m), in integers of the weights' size; changed in place
+    blocks:np.ndarray, # Of shape (B, 3) for B blocks: address of weights, address of mask, number of weights
+    # Output: `sample_run` of each `sample_every` keys, of shape (B, m), in integers of the weights' size
+    samples:np.ndarray
 ):
-    "Copy a sample of the keys; a pruned weight gives the highest integer, and a place without a weight is not written"
+    "Copy a sample of the keys; a pruned weight gives the highest integer, and elements without a weight stay"
     for b in prange(len(blocks)):
         bits,pruned = _block(blocks, b, samples)
         for i in range(0, len(bits), sample_every):
@@ -86,13 +86,16 @@ def sample_keys(
                 key = bits[i+j] & _key_mask(samples)
                 samples[b, i//sample_every*sample_run + j] = _key_mask(samples) if pruned[i+j] else key
 
-# %% ../../nbs/select/13_numba_kernels.ipynb #a8f61c44
+# %% ../../nbs/select/13_numba_kernels.ipynb #ec6ef02f
 @intrinsic
 def _candidates_16(typingctx, bits, pruned, i, limit, inf):
-    "Zero the pruned of the 16 weights from `i` on; of the others, one bit each: key up to `limit`, or not finite"
+    "Zero the pruned of 16 weights from `i` on; one bit for each other weight: whether key <= `limit`, or not finite"
     def codegen(context, builder, signature, args):
-        number,n = args[3].type,16
-        one,weights,flags = number.width//8,ir.VectorType(number, n),ir.VectorType(ir.IntType(8), n)
+        n = 16
+        number = args[3].type
+        n_bytes = number.width//8
+        weights = ir.VectorType(number, n)
+        flags = ir.VectorType(ir.IntType(8), n)
         def _address(k, vector):
             data = make_array(signature.args[k])(context, builder, args[k]).data
             return builder.bitcast(builder.gep(data, [args[2]]), vector.as_pointer())
@@ -100,18 +103,20 @@ def _candidates_16(typingctx, bits, pruned, i, limit, inf):
             first = builder.insert_element(ir.Constant(weights, ir.Undefined), x, ir.Constant(ir.IntType(32), 0))
             return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), n), None))
         address = _address(0, weights)
-        out = builder.icmp_unsigned('!=', builder.load(_address(1, flags), align=1), ir.Constant(flags, None))
-        w = builder.select(out, ir.Constant(weights, None), builder.load(address, align=one))
-        builder.store(w, address, align=one)
+        is_pruned = builder.icmp_unsigned('!=', builder.load(_address(1, flags), align=1), ir.Constant(flags, None))
+        w = builder.select(is_pruned, ir.Constant(weights, None), builder.load(address, align=n_bytes))
+        builder.store(w, address, align=n_bytes)
         key = builder.and_(w, _broadcast(ir.Constant(number, 2**(number.width-1) - 1)))
         low = builder.icmp_signed('<=', key, _broadcast(args[3]))
         not_finite = builder.icmp_signed('>=', key, _broadcast(args[4]))
-        answers = builder.and_(builder.or_(low, not_finite), builder.not_(out))
-        return builder.zext(builder.bitcast(answers, ir.IntType(n)), ir.IntType(64))
+        is_candidate = builder.and_(builder.or_(low, not_finite), builder.not_(is_pruned))
+        return builder.zext(builder.bitcast(is_candidate, ir.IntType(n)), ir.IntType(64))
     return types.uint64(bits, pruned, types.intp, limit, inf),codegen
 
 @intrinsic
-def _count_ones(typingctx, word): return types.uint64(word),lambda context, builder, signature, args: builder.ctpop(args[0])
+def _count_ones(typingctx, word):
+    "The number of ones in the bits of `word`"
+    return types.uint64(word),lambda context, builder, signature, args: builder.ctpop(args[0])
 
 @njit
 def _candidates_64(bits, pruned, i, limit, inf):
@@ -123,27 +128,29 @@ def _candidates_64(bits, pruned, i, limit, inf):
 @njit
 def _find_in_block(bits, pruned, limit, inf, candidates):
     "The same for all weights of a block; returns the number of candidates"
-    n_words,rest,n = len(bits)//64,len(bits)%64,np.uint64(0)
+    n_words,rest = len(bits)//64,len(bits)%64
+    n = np.uint64(0)
     for j in range(n_words):
         candidates[j] = word = _candidates_64(bits, pruned, 64*j, limit, inf)
         n += _count_ones(word)
-    if rest: # made up to a whole word with pruned weights
-        last_bits,last_pruned,start = np.zeros(64, bits.dtype),np.ones(64, np.bool_),64*n_words
+    if rest: # pruned weights fill up the last word
+        start = 64*n_words
+        last_bits,last_pruned = np.zeros(64, bits.dtype),np.ones(64, np.bool_)
         for j in range(rest): last_bits[j],last_pruned[j] = bits[start+j],pruned[start+j]
         candidates[n_words] = word = _candidates_64(last_bits, last_pruned, 0, limit, inf)
         for j in range(rest): bits[start+j] = last_bits[j]
         n += _count_ones(word)
     return n
 
-# %% ../../nbs/select/13_numba_kernels.ipynb #ec6ef02f
 @_compiled
 def find_candidates(
     rows:np.ndarray, # Which blocks
     blocks:np.ndarray, # As for `sample_keys`
-    limits:np.ndarray, # For each block, the highest key of a candidate, -1 for none; of shape (B,), in integers of the weights' size
+    # The highest key of a candidate in each block, -1 for none; of shape (B,), in integers of the weights' size
+    limits:np.ndarray,
     inf, # The bits of infinity, as one such integer
-    candidates:np.ndarray, # Room for words of 64 bits, uint64, of shape (B, block_size/64); changed in place
-    counts:np.ndarray # Room for the number of candidates, of shape (B,); changed in place
+    candidates:np.ndarray, # Output: a bit for each weight, in words of uint64, of shape (B, block_size/64)
+    counts:np.ndarray # Output: the number of candidates of each block, of shape (B,)
 ):
     "Zero pruned weights, and mark the candidates with a bit"
     for r in prange(len(rows)):
@@ -151,7 +158,7 @@ def find_candidates(
         bits,pruned = _block(blocks, b, limits)
         counts[b] = _find_in_block(bits, pruned, limits[b], inf, candidates[b])
 
-# %% ../../nbs/select/13_numba_kernels.ipynb #b2ccdb16
+# %% ../../nbs/select/13_numba_kernels.ipynb #434cde2e
 @njit
 def _words(bits): return range(-(-len(bits)//64))
 
@@ -160,30 +167,30 @@ def _next_candidate(word, j):
     "The index of the lowest bit of word `j`, and the word without it"
     return 64*j + trailing_zeros(word),word & (word - np.uint64(1))
 
-# %% ../../nbs/select/13_numba_kernels.ipynb #434cde2e
 @_compiled
 def gather_keys(
     rows:np.ndarray, # Which blocks
     blocks:np.ndarray, # As for `sample_keys`
     candidates:np.ndarray, # As `find_candidates` has left them
-    starts:np.ndarray, # For each block, where in `keys` its own begin; of shape (B,)
-    keys:np.ndarray, # Room for one key for each candidate, in integers of the weights' size; changed in place
-    max_magnitude:np.ndarray # Room for the highest key of each block, of shape (B,), in such integers; changed in place
+    starts:np.ndarray, # For each block, the position in `keys` of its first key; of shape (B,)
+    keys:np.ndarray, # Output: one key for each candidate, in integers of the weights' size
+    max_magnitude:np.ndarray # Output: the highest key of each block, of shape (B,), in such integers
 ):
     "Copy the keys of the candidates"
     for r in prange(len(rows)):
         b = rows[r]
-        bits,pruned = _block(blocks, b, keys)
-        n,highest = starts[b],0
+        bits,_ = _block(blocks, b, keys)
+        n = starts[b]
+        max_key = 0
         for j in _words(bits):
             word = candidates[b, j]
             while word:
                 i,word = _next_candidate(word, j)
                 key = bits[i] & _key_mask(keys)
                 keys[n] = key
-                highest = max(highest, key)
+                max_key = max(max_key, key)
                 n += 1
-        max_magnitude[b] = highest
+        max_magnitude[b] = max_key
 
 # %% ../../nbs/select/13_numba_kernels.ipynb #0ddd1811
 @_compiled
@@ -192,12 +199,12 @@ def count_ties(
     blocks:np.ndarray, # As for `sample_keys`
     candidates:np.ndarray, # As `find_candidates` has left them
     thresholds:np.ndarray, # For each block, the threshold of its pool; of shape (B,), in integers of the weights' size
-    n_ties:np.ndarray # Room for how many candidates have it, of shape (B,); changed in place
+    n_ties:np.ndarray # Output: how many candidates of each block have it, of shape (B,)
 ):
     "Count the candidates whose key is the threshold"
     for r in prange(len(rows)):
         b = rows[r]
-        bits,pruned = _block(blocks, b, thresholds)
+        bits,_ = _block(blocks, b, thresholds)
         n = 0
         for j in _words(bits):
             word = candidates[b, j]
@@ -219,7 +226,8 @@ def prune_candidates(
     for r in prange(len(rows)):
         b = rows[r]
         bits,pruned = _block(blocks, b, thresholds)
-        threshold,ties_to_prune = thresholds[b],n_ties[b]
+        threshold = thresholds[b]
+        ties_to_prune = n_ties[b]
         for j in _words(bits):
             word = candidates[b, j]
             while word:

@@ -1,8 +1,8 @@
 """The same choice on a CPU, without a sort of the whole pool
 
-On a CPU, numpy compares, counts and searches several times faster than torch, and costs less for a small layer. A sort of all groups would be wasteful, since only few are pruned from one batch to the next. So a sample of the scores gives a bound. Most groups lie above it and are not looked at again.
+On a CPU, numpy compares, counts and searches several times faster than torch, and costs less for a small layer. A sort of all groups would be wasteful, since one batch prunes only few of them. So a sample of the scores gives a bound. Most groups lie above it and are not looked at again.
 
-The bound decides how long the search takes, never what it finds: if fewer groups lie below it than shall be pruned, it is raised.
+The bound changes the time of the search, but never its result. If fewer groups lie below it than shall be pruned, it is raised.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/select/numpy_backend.html.md"""
 
@@ -24,23 +24,26 @@ def sample(
 )->tuple[np.ndarray, int]: # Some of the scores that are not pruned, and how many of the pool each stands for
     "A sample of the scores of a pool"
     step = max(1, sum(map(len, scores)) // size)
+    period = run*step
     def _sample_layer(x):
-        if len(x) < run*step: return x[::step]
-        return x[:len(x)//(run*step)*run*step].reshape(-1, run*step)[:, :run]
-    return np.concatenate([_sample_layer(s)[~_sample_layer(p)] for s,p in zip(scores, pruned)]),step
+        if len(x) < period: return x[::step]
+        whole_periods = x[:len(x)//period*period].reshape(-1, period)
+        return whole_periods[:, :run]
+    values = [_sample_layer(s)[~_sample_layer(p)] for s,p in zip(scores, pruned)]
+    return np.concatenate(values),step
 
 # %% ../../nbs/select/12_numpy_backend.ipynb #0b12c508
 def bounds(
     values:np.ndarray, # A sample of the scores, of shape (n,)
     expected:float, # How many of the sample are to be pruned, on average
-    highest # The last bound, that no score exceeds
+    max_score # The last bound, which no score exceeds
 ): # Generator of bounds
     "Rising bounds for the groups that are looked at"
     k = int(expected + 2*expected**.5) + 2
     while k <= len(values):
         yield np.partition(values, k-1)[k-1]
         k *= 2
-    yield highest
+    yield max_score
 
 # %% ../../nbs/select/12_numpy_backend.ipynb #688ef025
 def lowest_of(
@@ -50,7 +53,8 @@ def lowest_of(
     "The `k` lowest of `values`; ties are broken by the lower index"
     threshold = np.partition(values, k-1)[k-1]
     lowest = values < threshold
-    lowest[np.flatnonzero(values==threshold)[:k - np.count_nonzero(lowest)]] = True
+    n_ties = k - np.count_nonzero(lowest) # those that are pruned
+    lowest[np.flatnonzero(values==threshold)[:n_ties]] = True
     return lowest
 
 # %% ../../nbs/select/12_numpy_backend.ipynb #1d663cac
@@ -95,13 +99,14 @@ def prune_lowest_numpy(
     while True:
         counts = list(map(np.count_nonzero, masks))
         n_prune = k - sum(counts)
-        changed = find_lowest(list(map(_as_array, scores)), masks, n_prune) if n_prune > 0 else find_returning(masks, k)
+        if n_prune > 0: changed = find_lowest(list(map(_as_array, scores)), masks, n_prune)
+        else: changed = find_returning(masks, k)
         counts = [n + len(c) if n_prune > 0 else n - len(c) for n,c in zip(counts, changed)]
         collapsing = [i for i,n in enumerate(counts) if n==len(masks[i])]
         if not (protect and len(masks) > 1 and collapsing): break
         for i in collapsing:
             scores[i],mask = protect_best(scores[i], flat[i])
-            flat[i].copy_(mask) # a layer that was pruned whole gets its best group back
+            flat[i].copy_(mask) # a layer of which all was pruned gets its best group back
     for mask,positions in zip(masks, changed): mask[positions] = n_prune > 0
     for p,f in zip(pruned, flat):
         if f.data_ptr() != p.data_ptr(): p.copy_(f.view_as(p)) # `flatten` copies other memory layouts

@@ -20,10 +20,11 @@ from .bits import same_layout, zero_
 @dataclass
 class Problem:
     "One pool of L layers, of which exactly `k` groups shall be pruned"
-    pruned:list[torch.Tensor] # Mask of each layer: bool, True = pruned, of any shape; `commit` changes it in place
+    pruned:list[torch.Tensor] # Mask of each layer: bool, True = pruned, of any shape; a backend changes it in place
     k:int # How many groups shall be pruned in all: 0 to all, or with `protect` to all less L
     scores:Callable[[], list[torch.Tensor]] # Gives the scores of each layer, without NaN, in the shape of its mask
-    weights:list[torch.Tensor]|None = None # The weights of each layer, if the scores are their magnitudes: pruned ones become zero
+    # The weights of each layer, if the scores are their magnitudes; the pruned ones become zero
+    weights:list[torch.Tensor]|None = None
     n_pruned:int|None = None # How many groups are pruned now; counted if None
     protect:bool = True # Whether each of several layers keeps its best group, against layer collapse
 
@@ -37,7 +38,7 @@ class Problem:
 
     @property
     def fusable(self)->bool:
-        "Whether one fused pass may solve it: magnitudes of dense weights, none of which returns, and masks that lie in memory alike"
+        "Whether one fused pass may solve it: there are weights, none returns, and all lie in memory as their masks do"
         if self.weights is None or self.n_prune < 0: return False
         like = self.weights[0]
         return all(w.device==like.device and w.dtype==like.dtype and 0 < w.numel() < 2**31 and same_layout(w, p)
@@ -71,10 +72,10 @@ def prune_lowest(
     lowest.index_fill_(0, keys.sort(stable=True).indices[:k], True)
     for p,mask in zip(pruned, lowest.split([p.numel() for p in pruned])): p.copy_(mask.view_as(p))
 
-# %% ../../nbs/select/11_reference.ipynb #710cab9f
+# %% ../../nbs/select/11_reference.ipynb #480d3dfa
 class Backend(Protocol):
     "Solves problems: it finds the groups when it is built, and changes masks and weights by `commit`"
-    finite:torch.Tensor|None # On a device that the host does not wait for: whether each problem's weights are finite. None: they are
+    finite:torch.Tensor|None # Whether each problem's weights are finite, if its device answers later; None if they are
     fallback:list[bool] # Which problems it leaves to the next backend
 
     @staticmethod
@@ -84,10 +85,10 @@ class Backend(Protocol):
 
     def commit(self): "Change masks and weights, except those of `fallback`"
 
-# %% ../../nbs/select/11_reference.ipynb #480d3dfa
 class Reference:
     "The backend that sorts: any scores, on any device"
-    finite,select = None,staticmethod(prune_lowest)
+    finite = None
+    select = staticmethod(prune_lowest)
 
     @staticmethod
     def supports(problem): return True
@@ -99,6 +100,6 @@ class Reference:
 
     def commit(self):
         for problem in self.problems:
-            scores = self.scores.pop(0) # so that they are freed pool by pool
+            scores = self.scores.pop(0) # `pop` frees the scores pool by pool
             if scores is not None: self.select(scores, problem.pruned, problem.k, problem.protect)
             problem.zero_weights()

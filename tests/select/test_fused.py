@@ -1,4 +1,4 @@
-"Fused magnitude pruning does what scoring, selecting and zeroing do: against a stable sort, with one thread and with several."
+"Fused magnitude pruning gives the same as scoring, selecting and zeroing by a stable sort, in one or several threads."
 import os, subprocess, sys
 
 import pytest, torch
@@ -30,7 +30,8 @@ def threads(request, monkeypatch):
     else: monkeypatch.setattr(kernels, '_n_threads', lambda: 1)
 
 
-def problem(weights, pruned, k): return Problem(pruned, k, lambda: pytest.fail('scores are not needed'), weights=weights)
+def problem(weights, pruned, k):
+    return Problem(pruned, k, lambda: pytest.fail('scores are not needed'), weights=weights)
 
 
 def check(pools):
@@ -68,7 +69,8 @@ def test_every_k():
         (weights, pruned), *others = [o for o in many if o[0][0].dtype == many[0][0][0].dtype]
         others = [(*o, data.draw(st.integers(0, sum(map(len, o[1]))))) for o in others]
         for k in range(sum(map(len, pruned))+1):
-            now = [([w.clone() for w in ws], [m.clone() for m in ms], n) for ws, ms, n in [(weights, pruned, k), *others]]
+            pools = [(weights, pruned, k), *others]
+            now = [([w.clone() for w in ws], [m.clone() for m in ms], n) for ws, ms, n in pools]
             expected = [(not out_of_the_ordinary(*o), any(m.all() for m in o[1])) for o in now]
             assert all(s == e or whole for s, (e, whole) in zip(check(now), expected, strict=True))
     holds()
@@ -152,11 +154,11 @@ def test_large_weights():
     assert check([([torch.tensor([1.5, 2.5, -3., 1.])], [torch.zeros(4, dtype=torch.bool)], 2)]) == [True]
 
 
-@pytest.mark.parametrize('shape,layout', [((8, 6, 3, 3), torch.channels_last), ((8, 6, 3, 3, 3), torch.channels_last_3d)],
-    ids=['2d', '3d'])
+@pytest.mark.parametrize('shape,layout', [
+    ((8, 6, 3, 3), torch.channels_last), ((8, 6, 3, 3, 3), torch.channels_last_3d)], ids=['2d', '3d'])
 @pytest.mark.usefixtures('threads')
 def test_channels_last(shape, layout):
-    "In the order of memory, unless only some ties are pruned, which go by index"
+    "Ties are broken by index. So a pool of which only some ties are pruned is left to the next backend"
     def last(t): return t.to(memory_format=layout)
     g = torch.Generator().manual_seed(0)
     w, pruned = torch.randn(shape, generator=g), torch.rand(shape, generator=g) < .3
@@ -170,7 +172,7 @@ def test_channels_last(shape, layout):
 
 
 def test_fusable():
-    "Weights that return, lie elsewhere than their masks, differ in precision, are empty or of another class, are not tried"
+    "Not fused: weights that return, of another layout than their mask, of two precisions, empty, or of a subclass"
     w, pruned = torch.rand(4, 5, 6, 6), torch.zeros(4, 5, 6, 6, dtype=torch.bool)
     def fusable(weights, masks, k): return problem(weights, masks, k).fusable
     assert fusable([w], [pruned], 3)
@@ -198,16 +200,18 @@ class TestSelect:
 
     def test_two_precisions(self):
         "Each precision has its own fused pass"
-        assert self.parts([self.fused(), self.fused(torch.float64), self.fused()]) == [('NumbaBackend', 2), ('NumbaBackend', 1)]
+        problems = [self.fused(), self.fused(torch.float64), self.fused()]
+        assert self.parts(problems) == [('NumbaBackend', 2), ('NumbaBackend', 1)]
 
     def test_scores_only(self):
-        "A problem without weights goes to numpy"
+        "Numpy takes a problem without weights"
         scores = Problem([torch.zeros(8, dtype=torch.bool)], 3, lambda: [torch.randn(8)])
         assert sorted(self.parts([scores, self.fused()])) == [('NumbaBackend', 1), ('NumpyBackend', 1)]
 
     def test_fallback(self):
         "A layer that would collapse is left to numpy, which protects it"
-        ws, masks = [torch.tensor([.1, .2]), torch.tensor([1., 2., 3.])], [torch.zeros(n, dtype=torch.bool) for n in (2, 3)]
+        ws = [torch.tensor([.1, .2]), torch.tensor([1., 2., 3.])]
+        masks = [torch.zeros(len(w), dtype=torch.bool) for w in ws]
         assert self.parts([Problem(masks, 3, lambda: [w.abs() for w in ws], weights=ws), self.fused()]) == [
             ('NumbaBackend', 2), ('NumpyBackend', 1)]
         assert_same(ws, [torch.tensor([0., .2]), torch.tensor([0., 0., 3.])])
@@ -223,7 +227,7 @@ class TestSelect:
         w = torch.randn(1000)
         masks = []
         for backend in (NumbaBackend, None):
-            monkeypatch.setattr(core, '_fused_backend', lambda device, dtype: backend)
+            monkeypatch.setattr(core, '_fused_backend', lambda device, dtype, backend=backend: backend)
             core.backends.cache_clear()
             masks.append(torch.zeros(1000, dtype=torch.bool))
             parts = self.parts([Problem([masks[-1]], 700, lambda: [w.abs()], weights=[w.clone()])])
@@ -244,7 +248,8 @@ class TestSelect:
 def test_same_as_scored(context):
     "A criterion of the user with the scores of `large_final` takes the other way, to the same weights"
     nets = [tiny_net(), tiny_net()]
-    sps = [Sparsifier(net, context=context, criteria=c) for net, c in zip(nets, ('large_final', lambda m: m.weight.abs()))]
+    criteria = 'large_final', lambda m: m.weight.abs()
+    sps = [Sparsifier(net, context=context, criteria=c) for net, c in zip(nets, criteria)]
     for s in (0, .3, .3, .8, .99, .5, .9, 0, .2):
         for net, sp in zip(nets, sps):
             sp.prune(s)

@@ -148,7 +148,7 @@ def test_pool(pool):
 
 def test_pool_by_hand():
     scores, none = [torch.tensor([.1, .1]), torch.tensor([1., 3., 2.])], [mask_of(2, []), mask_of(3, [])]
-    # the second .1 would be pruned last of its layer and is protected; the 1 goes before it, then the 2
+    # The second .1 would be pruned last of its layer, so it is protected. The 1 is pruned instead, then the 2.
     for k, (small, large) in enumerate([([], []), ([0], []), ([0], [0]), ([0], [0, 2])]):
         assert same(prune_pool(scores, none, k), [mask_of(2, small), mask_of(3, large)])
 
@@ -156,7 +156,8 @@ def test_pool_by_hand():
 def test_shapes():
     "Scores of any shape and memory layout, with a mask in the same shape for each"
     g = torch.Generator().manual_seed(0)
-    scores = [torch.rand(2, 3, 2, 2, generator=g).to(memory_format=torch.channels_last), torch.rand(4, 5, generator=g).T]
+    images, rows = torch.rand(2, 3, 2, 2, generator=g), torch.rand(4, 5, generator=g)
+    scores = [images.to(memory_format=torch.channels_last), rows.T]
     pruned = [torch.rand(x.shape, generator=g) > .8 for x in scores]
     for k in (5, 20, 42): assert same(prune_pool(scores, pruned, k), by_force(scores, pruned, k))
 

@@ -1,4 +1,4 @@
-"Triton's kernels against a stable sort: on a GPU if there is one, else with Triton's interpreter. And that they compile for GPUs."
+"Triton's kernels against a stable sort, on a GPU if there is one, else in Triton's interpreter; and their compilation"
 import os, subprocess, sys, weakref
 
 import pytest, torch
@@ -94,7 +94,8 @@ def test_protect_best(last):
     "Of ties a layer keeps the last, however many blocks it has: here 1500, of 4096 weights each"
     n = torch.arange(1500, device=device)
     max_magnitude = torch.stack([torch.where(n <= last, 7, 6), n*4096], 1)
-    protected_idx, max_key, n_ties, histograms = (torch.zeros(k, dtype=torch.int64, device=device) for k in (1, 1, 1, 2048))
+    def zeros(n): return torch.zeros(n, dtype=torch.int64, device=device)
+    protected_idx, max_key, n_ties, histograms = zeros(1), zeros(1), zeros(1), zeros(2048)
     layer = torch.tensor([0, 0, 0, 1500*4096, 1, 1, 0, 0, 1500, 1], device=device)  # the fields of the table of layers
     triton._protect_best[(1,)](layer, max_magnitude, protected_idx, histograms, max_key, n_ties + 1, 0)
     assert (protected_idx.item(), max_key.item()) == (last*4096, 7)
@@ -106,7 +107,8 @@ def test_not_finite(odd):
     "A weight that is not finite is reported if its pool is pruned, unless it is pruned already"
     w, clean = torch.tensor([1., odd, 2.], device=device), torch.ones(3, device=device)
     none, out = torch.zeros(3, dtype=torch.bool, device=device), torch.tensor([False, True, False], device=device)
-    pools = [([w.clone()], [none.clone()], 1), ([w.clone()], [none.clone()], 0), ([w.clone()], [out], 1), ([clean], [none.clone()], 1)]
+    pools = [([w.clone()], [none.clone()], 1), ([w.clone()], [none.clone()], 0), ([w.clone()], [out], 1),
+             ([clean], [none.clone()], 1)]
     assert triton.TritonBackend([problem(*p) for p in pools]).finite.tolist() == [False, True, True, True]
 
 
@@ -151,22 +153,22 @@ def test_sparsifier_raises():
 
 @pytest.mark.parametrize('name', ['triton', 'numba'])
 def test_tensors_are_held(name):
-    "What a backend knows by its address alone is not freed before it has committed"
+    "A backend keeps its tensors alive until it has committed, though its kernels know only addresses"
     if name == 'numba':
         if device.type != 'cpu': pytest.skip('numba is for a CPU')
         make = pytest.importorskip('onecycle_prune.select.numba_backend').NumbaBackend
     else: make = triton.TritonBackend
     tensors = torch.ones(4, device=device), torch.zeros(4, dtype=torch.bool, device=device)
-    held = [weakref.ref(t) for t in tensors]
+    references = [weakref.ref(t) for t in tensors]
     found = make([problem([tensors[0]], [tensors[1]], 3)])
     del tensors
-    assert all(r() is not None for r in held)
+    assert all(r() is not None for r in references)
     found.commit()
-    assert held[1]().tolist() == [True, True, True, False]
+    assert references[1]().tolist() == [True, True, True, False]
 
 
 def test_autograd_sees_the_change():
-    "What a backward pass has saved is known to have changed"
+    "Autograd notices that a tensor which a backward pass has saved has changed"
     w = nn.Parameter(torch.randn(4, 4, device=device))
     y = (w*w).sum()
     found = triton.TritonBackend([problem([w], [torch.zeros(4, 4, dtype=torch.bool, device=device)], 3)])
@@ -174,7 +176,8 @@ def test_autograd_sees_the_change():
     with pytest.raises(RuntimeError, match='modified by an inplace operation'): y.backward()
 
 
-@pytest.mark.parametrize('fault, why', [(lambda *args: None, 'do not agree with a sort'), (lambda *args: 1/0, 'ZeroDivisionError')],
+@pytest.mark.parametrize('fault, why', [
+    (lambda *args: None, 'do not agree with a sort'), (lambda *args: 1/0, 'ZeroDivisionError')],
     ids=['wrong', 'broken'])
 def test_not_trusted(fault, why, monkeypatch):
     "Kernels that err or do not run are not used, with a warning"
@@ -191,7 +194,8 @@ types = dict(candidates='*i32', shift='i32', above='i32', INT='constexpr') # all
 for f in (backend._find_candidates, backend._protect_best, backend._pick_digit, backend._refine_candidates,
           backend._count_tie_positions, backend._prune_candidates):
     for INT in (tl.int16, tl.int32, tl.int64) if 'INT' in f.arg_names else (None,):
-        source = ASTSource(f, signature={n: types.get(n, '*i64') for n in f.arg_names}, constexprs={'INT': INT} if INT else {})
+        signature = {n: types.get(n, '*i64') for n in f.arg_names}
+        source = ASTSource(f, signature=signature, constexprs={'INT': INT} if INT else {})
         for arch in (75, 80, 90):
             assert triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(num_warps=8)).asm['cubin']
 """
