@@ -22,7 +22,7 @@ from .checkpoint import (Override, load_memory, note_pruned, restore_methods, sa
     warn_of_best, weights_hash)
 from .criteria import get_criteria
 from .granularity import get_granularity
-from .layers import check_layers
+from .layers import check_layers, describe_layers
 from .pools import check_sparsity, get_context
 from .schedule import get_schedule, schedules
 from .sparsifier import Sparsifier, argument_hints
@@ -71,7 +71,7 @@ class SparsifyCallback(Callback):
         granularity = get_granularity(self.granularity)
         criteria = getattr(get_criteria(self.criteria), '__name__', self.criteria)
         schedule = next((n for n,s in schedules.items() if s is self.schedule), self.schedule)
-        layers = '' if self.layers is None else f', layers={self.layers!r}'
+        layers = '' if self.layers is None else f', layers={describe_layers(self.layers)}'
         context = get_context(self.context, granularity)
         return (f"SparsifyCallback({self.sparsity}, granularity={granularity.name!r}, context={context!r}, "
                 f"criteria={criteria!r}, schedule={schedule!r}{layers})")

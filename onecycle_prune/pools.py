@@ -84,7 +84,10 @@ class Pool:
 
     def __repr__(self):
         count = 'not counted' if self.n_pruned is None else f'{self.n_pruned} pruned'
-        return f"Pool({', '.join(self.pruned)}: {self.n_groups} groups, {count}, floor {self.floor})"
+        names = list(self.pruned)
+        if len(names) > 4: names = [*names[:2], '…', names[-1]]
+        return (f"Pool({', '.join(names)}: {len(self.pruned)} layers, {self.n_groups} groups, {count}, "
+                f"floor {self.floor})")
 
     def sparsity(self,
         sparsity:float|dict # As the user gave it: one fraction, or one for each entry

@@ -134,7 +134,7 @@ class Sparsifier:
         n_groups = sum(p.n_groups for p in self.pools)
         criteria = getattr(self.criteria, '__name__', self.criteria)
         return (f"Sparsifier(granularity={self.granularity}, context={self.context!r}, criteria={criteria!r}): "
-                f"{len(self.layers)} layers, {len(self.pools)} pools, {n_pruned} of {n_groups} groups pruned")
+                f"{len(self.layers)} layers, {n_pruned} of {n_groups} groups pruned")
 
     @torch.no_grad()
     def prune(self,

@@ -178,8 +178,8 @@ def _records_of(runs, records):
 
 def _blocks(df):
     "The trainings that belong in one table, with its heading: (heading, table of trainings)"
-    for (arch,data),df in df.groupby(['arch', 'data'], sort=False):
-        dense,pruned = df[df.schedule=='dense'],df[df.schedule!='dense']
+    for (arch,data),group in df.groupby(['arch', 'data'], sort=False):
+        dense,pruned = group[group.schedule=='dense'],group[group.schedule!='dense']
         if pruned.empty: yield f'{arch}, {data}',dense
         for (context,criterion),part in pruned.groupby(['context', 'criteria'], sort=False):
             yield f'{arch}, {data}, {context}, {criterion}',pd.concat([dense, part])

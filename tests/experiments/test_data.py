@@ -1,4 +1,4 @@
-"The images of the experiments: read from folders like those of fastai's sources, and equal to those of fastai's own loader."
+"The images of the experiments: read from folders like those of fastai's sources, and equal to those of its loader."
 import numpy as np, onecycle_prune.experiments.data as data, pytest, torch
 from fastai.vision.all import ImageDataLoaders, Resize, TensorImage, set_seed
 from PIL import Image
@@ -9,7 +9,9 @@ def make_images(folder, classes, n=6, size=(32, 32)):
     for c in classes:
         rng = np.random.default_rng(list((folder/c).as_posix().encode()))
         (folder/c).mkdir(parents=True)
-        for i in range(n): Image.fromarray(rng.integers(0, 256, (*size, 3), dtype='uint8')).save(folder/c/f'{c}_{i}.png')
+        for i in range(n):
+            image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype='uint8'))
+            image.save(folder/c/f'{c}_{i}.png')
 
 
 @pytest.fixture
@@ -34,7 +36,9 @@ def test_same_images_as_fastai(place):
         train, valid, vocab = data.load_images('cifar10', size)
         # fastai crops validation images to the middle, as we do, so its validation set reads each of the two folders.
         for ds, part in ((train, 'train'), (valid, 'test')):
-            theirs = ImageDataLoaders.from_folder(place/'source', train='test' if part == 'train' else 'train', valid=part, item_tfms=Resize(size), bs=18, num_workers=0)
+            other = 'test' if part == 'train' else 'train'
+            theirs = ImageDataLoaders.from_folder(place/'source', train=other, valid=part, item_tfms=Resize(size), bs=18,
+                num_workers=0)
             seen = as_set(*theirs.valid.one_batch(), theirs.vocab)
             assert seen == as_set(ds.tensors[0]/255, ds.tensors[1], vocab) and len(seen) == 18
 
