@@ -95,7 +95,7 @@ def check_layers(
     if layers is None: return
     keys = _flatten(layers)
     if not keys:
-        raise ValueError(f"Nothing to prune: layers={layers!r} is empty. Leave it out for all convolutions and linear layers.")
+        raise ValueError(f"Nothing to prune: layers={layers!r} is empty. Leave it out to choose all layers.")
     for key in keys: _check_key(key)
 
 def _flatten(layers)->list:

@@ -37,8 +37,8 @@ def test_same_images_as_fastai(place):
         # fastai crops validation images to the middle, as we do, so its validation set reads each of the two folders.
         for ds, part in ((train, 'train'), (valid, 'test')):
             other = 'test' if part == 'train' else 'train'
-            theirs = ImageDataLoaders.from_folder(place/'source', train=other, valid=part, item_tfms=Resize(size), bs=18,
-                num_workers=0)
+            theirs = ImageDataLoaders.from_folder(place/'source', train=other, valid=part,
+                item_tfms=Resize(size), bs=18, num_workers=0)
             seen = as_set(*theirs.valid.one_batch(), theirs.vocab)
             assert seen == as_set(ds.tensors[0]/255, ds.tensors[1], vocab) and len(seen) == 18
 

@@ -200,8 +200,8 @@ def test_refuses(given, says, call):
 
 
 def test_dense_is_trained_once():
-    runs = grid([run.arch], ['digits'], [.8, .9, .95], ['dense', 'one_cycle'], ['local', 'global'], ['large_final', 'random'],
-        [2], [0, 1], bs=20, lr=.01, bf16=False, channels_last=False)
+    runs = grid([run.arch], ['digits'], [.8, .9, .95], ['dense', 'one_cycle'], ['local', 'global'],
+        ['large_final', 'random'], [2], [0, 1], bs=20, lr=.01, bf16=False, channels_last=False)
     assert len(runs) == len(set(runs)) == 2*(1 + 3*2*2)
     assert [r.seed for r in runs] == [0]*13 + [1]*13  # seed by seed
 
