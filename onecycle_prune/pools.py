@@ -27,10 +27,10 @@ def _fraction_meant(sparsity):
     if isinstance(sparsity, str):
         number = re.fullmatch(r'\s*(\d*\.?\d+)\s*(%?)\s*', sparsity)
         if not number: return None
-        sparsity = float(number[1])/100 if number[2] else float(number[1])
-    if not _is_number(sparsity): return None
-    if 0 <= sparsity <= 1: return sparsity
-    return sparsity/100 if 1 < sparsity <= 100 else None
+        sparsity = float(number[1])
+        if number[2]: return sparsity/100 if sparsity <= 100 else None
+    if not _is_number(sparsity) or not 0 <= sparsity <= 100: return None
+    return sparsity if sparsity <= 1 else sparsity/100
 
 def check_sparsity(
     sparsity, # A fraction in [0, 1], or a dict of layers to fractions
@@ -89,17 +89,17 @@ class Pool:
         return (f"Pool({', '.join(names)}: {len(self.pruned)} layers, {self.n_groups} groups, {count}, "
                 f"floor {self.floor})")
 
-    def sparsity(self,
+    def fraction(self,
         sparsity:float|dict # As the user gave it: one fraction, or one for each entry
     )->float: # In [0, 1]
         "The pool's own fraction"
         return 0. if self.dense else sparsity[self.key] if isinstance(sparsity, dict) else sparsity
 
     def budget(self,
-        sparsity:float|dict # As for `sparsity`
+        sparsity:float|dict # As for `fraction`
     )->int:
         "`round(sparsity*n)` of n groups, but each layer keeps one; raises `ValueError` for more than the n:m pattern"
-        fraction = self.sparsity(sparsity)
+        fraction = self.fraction(sparsity)
         implied = self.granularity.sparsity
         wanted = round(fraction*self.n_groups)
         if implied is not None and wanted > round(implied*self.n_groups):
@@ -110,7 +110,7 @@ class Pool:
         return min(wanted, self.n_groups - n_kept)
 
     def target(self,
-        sparsity:float|dict # As for `sparsity`
+        sparsity:float|dict # As for `fraction`
     )->int:
         "How many groups shall be pruned: the budget, but never fewer than the floor"
         return max(self.budget(sparsity), self.floor)
@@ -121,20 +121,22 @@ class Pool:
         return self.n_pruned
 
     def set_floor(self,
-        sparsity:float|dict # As for `sparsity`
+        sparsity:float|dict # As for `fraction`
     ):
         "Set the floor to the groups that are pruned now, at most to the budget of `sparsity`"
         self.floor = min(self.budget(sparsity), self.count())
 
     def warn_if_unreachable(self,
-        sparsity:float|dict # As for `sparsity`
+        sparsity:float|dict # As for `fraction`
     ):
         "Warn if the target would take a layer's last group"
-        fraction = self.sparsity(sparsity)
+        fraction = self.fraction(sparsity)
         k = self.budget(sparsity)
-        if k < round(fraction*self.n_groups):
-            warn(f"{', '.join(self.pruned)}: a sparsity of {fraction:g} would prune all {self.n_groups} groups "
-                 f"of a layer. One group of each layer is kept, and the sparsity will be {k/self.n_groups:.6g}.")
+        wanted = round(fraction*self.n_groups)
+        if k < wanted:
+            warn(f"{', '.join(self.pruned)}: a sparsity of {fraction:g} would prune {wanted} of {self.n_groups} "
+                 "groups, and a layer whole. One group of each layer is kept, and the sparsity will be "
+                 f"{k/self.n_groups:.6g}.")
 
 # %% ../nbs/05_pools.ipynb #e35d5444
 def _key_name(key): return repr(getattr(key, '__name__', key))

@@ -25,6 +25,13 @@ def test_hint_for_sparsity(sparsity):
     with pytest.raises(ValueError, match=r'Did you mean 0\.9\?'): SparsifyCallback(sparsity)
 
 
+@pytest.mark.parametrize('sparsity', ['150%', '150', 'high', '', 101])
+def test_no_hint_for_sparsity(sparsity):
+    "What is no fraction and no percentage is answered without a guess"
+    with pytest.raises(ValueError, match=r'fraction in \[0, 1\]') as raised: SparsifyCallback(sparsity)
+    assert 'Did you mean' not in str(raised.value)
+
+
 def test_hint_for_sparsity_in_dict():
     with pytest.raises(ValueError, match=r'Did you mean 0\.9\?'): SparsifyCallback({'0': .5, '3': '90%'})
 
