@@ -107,7 +107,7 @@ class Sparsifier:
         model:nn.Module,
         # Weights that are pruned together: a name in `granularities`, or a pattern such as '2:4'
         granularity:str='weight',
-        # 'local': groups compete within a layer; 'global': across layers, the default for weights and whole layers
+        # Groups compete in each layer ('local'), or across layers ('global', the default for weights and whole layers)
         context:str|None=None,
         # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores
         criteria='large_final',
