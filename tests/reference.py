@@ -177,7 +177,7 @@ def anatomy(model):
     return modules + [(n, type(p), parts(p), p._backward_hooks) for n, p in model.named_parameters()]
 
 
-def places(model):
+def param_layout(model):
     "Address, layout and type of all parameters, and the keys of the `state_dict`: equal while changes are in place"
     params = [(id(p), p.data_ptr(), p.stride(), p.dtype, p.requires_grad) for p in model.parameters()]
     return params + [*model.state_dict()]

@@ -11,7 +11,7 @@ from torch import nn
 from helpers import Probe, assert_same, before_training_batches, bits
 from networks import adam, momentum_sgd, n_batches, tiny_net, total_weights
 from reference import (anatomy, assert_counts, assert_pattern, conv_axes, count_groups, expected_sparsities, layers_of,
-    n_zeros, places, rising, total_zeros, train_by_sort, zero_masks)
+    n_zeros, param_layout, rising, total_zeros, train_by_sort, zero_masks)
 
 contexts = pytest.mark.parametrize('context', ['local', 'global'])
 optimizers = pytest.mark.parametrize('opt_func', [momentum_sgd, adam], ids=['sgd', 'adam'])
@@ -208,7 +208,7 @@ def test_model_is_untouched(new_learner, granularity):
 def test_in_place(new_learner):
     "Parameters stay the same objects, in the same memory and layout"
     net = tiny_net().to(memory_format=torch.channels_last)
-    before, probe = places(net), Probe(places)
+    before, probe = param_layout(net), Probe(param_layout)
     learn = new_learner(net)
     learn.fit(2, 1e-2, cbs=[SparsifyCallback(.5), probe])
     assert all(o == before for o in probe.seen) and len(probe.seen) == 2*n_batches

@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers import assert_same, bits
 from networks import dtypes, tiny_data
-from reference import anatomy, axes, canonical, conv_axes, curve, group_scores, layers_of, places, progress, zero_groups
+from reference import anatomy, axes, canonical, conv_axes, curve, group_scores, layers_of, param_layout, progress, zero_groups
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*One group of each layer is kept')
 few, some, many = (settings(max_examples=n, deadline=None) for n in (20, 120, 200))
@@ -117,7 +117,7 @@ class Watch:
     "Compare a network after each pruning with what it was before: call `note` before, `check` after"
     def __init__(self, case):
         self.case, self.net = case, case.net
-        self.anatomy, self.places = anatomy(case.net), places(case.net)
+        self.anatomy, self.layout = anatomy(case.net), param_layout(case.net)
         self.pruned = {n: torch.zeros_like(zero_groups(m, case.granularity)) for n, m in self.layers.items()}
         self.n_pruned = {}  # of each pool, by its first layer
 
@@ -135,7 +135,7 @@ class Watch:
             for mask in pruned.values():
                 assert (mask.movedim(-1 if mask.dim() == 2 else 2, -1).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
         assert_same(bits(self.net), self.expected(pruned))
-        assert anatomy(self.net) == self.anatomy and places(self.net) == self.places
+        assert anatomy(self.net) == self.anatomy and param_layout(self.net) == self.layout
         self.pruned = pruned
 
     def check_pool(self, pool, pruned, sparsity, tolerance):
@@ -248,7 +248,7 @@ def fit(new_learner):
 
 @pytest.mark.slow
 def test_training(fit):
-    "Counts, values and places, after every batch"
+    "Counts, values and memory layout, after every batch"
     @some
     @given(cases([torch.float32, torch.float64]), st.sampled_from([*progress]), fractions,
         st.integers(1, 4), st.integers(1, 3))

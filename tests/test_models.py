@@ -15,7 +15,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from helpers import assert_same, bits
 from networks import silence, tiny_data, tiny_net
-from reference import places
+from reference import param_layout
 
 area = 'Models'
 contexts = pytest.mark.parametrize('context', ['local', 'global'])
@@ -50,9 +50,9 @@ class WatchOthers(Callback):
 
 def prune(learn, context='local'):
     "Train for an epoch, in which parameters stay in place"
-    before = places(learn.model)
+    before = param_layout(learn.model)
     silence(learn).fit(1, 1e-3, cbs=[SparsifyCallback(.9, context=context), WatchOthers()])
-    assert places(learn.model) == before
+    assert param_layout(learn.model) == before
     return learn
 
 

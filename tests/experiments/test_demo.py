@@ -149,7 +149,7 @@ def test_refuses(given, says, tmp_path, monkeypatch):
 
 
 def test_refuses_before_training(place, capsys):
-    "A pattern that does not fit the network is refused before the dense training, which may take hours"
+    "A pattern that does not fit the network raises an error before the dense training, which may take hours"
     with pytest.raises(SystemExit, match='3 input channels do not divide by 4'):
         demo(arch=arch, data=place/'my images', epochs=1, bs=8, sparsity=.5, granularity='2:4', out=place/'nothing')
     assert 'dense' not in capsys.readouterr().out and not (place/'nothing').exists()
