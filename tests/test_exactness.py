@@ -11,7 +11,8 @@ from torch import nn
 
 from helpers import assert_same, bits
 from networks import dtypes, tiny_data
-from reference import anatomy, axes, canonical, conv_axes, curve, group_scores, layers_of, param_layout, progress, zero_groups
+from reference import (
+    anatomy, axes, canonical, conv_axes, curve, group_scores, layers_of, param_layout, progress, zero_groups)
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*One group of each layer is kept')
 few, some, many = (settings(max_examples=n, deadline=None) for n in (20, 120, 200))

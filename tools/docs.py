@@ -106,7 +106,8 @@ class Api(BasicMarkdownRenderer):
         return [d for d in (self.docs, init and init.__doc__) if d]
 
     def _parameters(self):
-        rows = [(k.replace('return', 'returns'), v) for k, v in docments(self.sym).items() if v]
+        # a row of a table is one line
+        rows = [(k.replace('return', 'returns'), ' '.join(v.split())) for k, v in docments(self.sym).items() if v]
         if not rows: return ''
         return '\n'.join(['|parameter|meaning|', '|---|---|', *(f'|`{k}`|{v}|' for k, v in rows)])
 
