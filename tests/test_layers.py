@@ -10,7 +10,8 @@ from torchvision import models
 from helpers import assert_same, bits, channel
 from networks import tiny_net
 from onecycle_prune.granularity import conv, get_granularity, linear
-from onecycle_prune.layers import batchnorms_after, check_layers, choose, match, prunable, unwrap_model
+from onecycle_prune.layers import (
+    batchnorms_after, check_layers, choose, describe_layers, match, prunable, unwrap_model)
 from onecycle_prune.sparsifier import Sparsifier
 
 
@@ -115,6 +116,11 @@ def test_check_layers_wrong(layers, message):
     allowed = r'Allowed: Conv1d, .*Linear, or a name, a module, or a function of a module\.$'
     with pytest.raises(ValueError, match=f'{message}.*{allowed}'): check_layers(layers)
     with pytest.raises(ValueError, match=f'{message}.*{allowed}'): chosen(Net(), layers)
+
+
+@pytest.mark.parametrize('layers,text', [(None, 'None'), ('head', "'head'"), (nn.Conv2d, 'Conv2d'), (nn.ReLU(), 'ReLU(...)'),
+    ([nn.Conv2d, ('head', len)], "[Conv2d, ['head', len]]")])
+def test_describe_layers(layers, text): assert describe_layers(layers) == text
 
 
 @pytest.mark.parametrize('layers', [[], (), [[], ()]])
