@@ -118,7 +118,8 @@ def test_check_layers_wrong(layers, message):
     with pytest.raises(ValueError, match=f'{message}.*{allowed}'): chosen(Net(), layers)
 
 
-@pytest.mark.parametrize('layers,text', [(None, 'None'), ('head', "'head'"), (nn.Conv2d, 'Conv2d'), (nn.ReLU(), 'ReLU(...)'),
+@pytest.mark.parametrize('layers,text', [
+    (None, 'None'), ('head', "'head'"), (nn.Conv2d, 'Conv2d'), (nn.ReLU(), 'ReLU(...)'),
     ([nn.Conv2d, ('head', len)], "[Conv2d, ['head', len]]")])
 def test_describe_layers(layers, text): assert describe_layers(layers) == text
 
