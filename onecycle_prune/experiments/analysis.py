@@ -8,7 +8,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/analysis.html.
 
 # %% auto #0
 __all__ = ['read_runs', 'finished_runs', 'paper_runs', 'paper_runs_and_default', 'accuracies', 'accuracy_table', 'budget_table',
-           'MarkdownTable', 'as_markdown', 'differences', 'plot_accuracy']
+           'as_markdown', 'differences', 'plot_accuracy']
 
 # %% ../../nbs/experiments/34_analysis.ipynb #5c44981e
 import math, matplotlib.pyplot as plt, pandas as pd
@@ -103,18 +103,18 @@ def budget_table(
     return res.assign(dense=[_format_accuracy(o['mean'], o['std']) for _,o in by_epochs.iterrows()])
 
 # %% ../../nbs/experiments/34_analysis.ipynb #ed29f133
-class MarkdownTable(str):
+class _MarkdownTable(str):
     "The text of a table, which a notebook shows as a table"
     def _repr_markdown_(self): return str(self)
 
 # %% ../../nbs/experiments/34_analysis.ipynb #6ad422f2
 def as_markdown(
     df:pd.DataFrame # Of texts and numbers
-)->MarkdownTable:
+)->str:
     "A table for a page, with its index as columns; fractions in the index are shown in per cent"
     df = df.rename(index=lambda o: f'{o:.0%}' if isinstance(o, float) else o).reset_index()
     rows = [[*df], ['---']*df.shape[1], *df.itertuples(index=False)]
-    return MarkdownTable('\n'.join('|' + '|'.join(map(str, row)) + '|' for row in rows))
+    return _MarkdownTable('\n'.join('|' + '|'.join(map(str, row)) + '|' for row in rows))
 
 # %% ../../nbs/experiments/34_analysis.ipynb #7bdf65aa
 def differences(
