@@ -42,7 +42,7 @@ def run(place, tmp_path_factory):
         '--schedule', 'lin', '--out', 'what came out']
     env = os.environ | dict(MPLBACKEND='agg', PYTHONIOENCODING='utf-8', PYTHONPATH=os.pathsep.join(map(str, sys.path)))
     return subprocess.run([sys.executable, script, *args], cwd=place, capture_output=True, encoding='utf-8', env=env,
-        timeout=300)
+        timeout=120)
 
 
 def test_exits_well(run): assert run.returncode == 0, run.stdout + run.stderr
@@ -80,7 +80,7 @@ def test_import_warns_of_nothing(tmp_path):
     code = 'import onecycle_prune.experiments.demo, warnings; warnings.warn("later", FutureWarning)'
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(map(str, sys.path)))
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True,
-        timeout=300)
+        timeout=120)
     assert done.returncode == 0 and done.stderr.count('Warning') == 1 and 'FutureWarning: later' in done.stderr
 
 
