@@ -1,14 +1,16 @@
 """Modules:
 
 - `onecycle_prune.callback`: Pruning in the batches of a fastai training
-- `onecycle_prune.checkpoint`: What a checkpoint does not hold, and what a pruned learner needs around a fit
+- `onecycle_prune.checkpoint`: What a checkpoint does not hold
 - `onecycle_prune.criteria`: A score for each weight: how important it is
 - `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
 - `onecycle_prune.experiments.bench`: The cost of pruning: the time it adds to a training step, for this package and for fasterai
 - `onecycle_prune.experiments.demo`: The main task on one page: dense, one-cycle and the paper's baselines with the same budget
 - `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued
 - `onecycle_prune.granularity`: Which weights are pruned together: single weights, or groups of them
+- `onecycle_prune.guard`: Keep the model pruned, whatever happens in a fit
 - `onecycle_prune.layers`: Which layers are pruned, and which batch norms follow them
+- `onecycle_prune.notices`: Warnings at the start of a fit
 - `onecycle_prune.pools`: The layers that compete, and how many of their groups shall be pruned
 - `onecycle_prune.report`: Tables and plots of a pruned model and of its training
 - `onecycle_prune.schedule`: The share of the target sparsity that is reached at each position of the training

@@ -18,11 +18,12 @@ from fastcore.basics import store_attr
 from pathlib import Path
 from warnings import warn
 from ._utils import explain_arguments
-from .checkpoint import (Override, load_memory, note_pruned, restore_methods, save_memory,
-    warn_of_best, weights_hash)
+from .checkpoint import load_memory, save_memory, weights_hash
 from .criteria import get_criteria
 from .granularity import get_granularity
+from .guard import KeepPruned, Override, restore_methods
 from .layers import check_layers, describe_layers
+from .notices import PrunedBefore, warn_at_start
 from .pools import check_sparsity, get_context
 from .schedule import get_schedule, schedules
 from .sparsifier import Sparsifier, argument_hints
@@ -111,9 +112,6 @@ class SparsifyCallback(Callback):
         if not self.sparsifier or not hasattr(self.learn, 'recorder'): return
         self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
 
-    def after_fit(self):
-        if self.sparsifier: self._end()
-
     @property
     def memory_file(self)->Path:
         "The file that holds the memory of a criterion, next to the checkpoints"
@@ -132,15 +130,18 @@ class SparsifyCallback(Callback):
     def _begin(self):
         sparsifier = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers)
         self._raise_if_overlap(sparsifier)
-        warn_of_best(self.learn)
         sparsifier.check(self.sparsity)
+        warn_at_start(self.learn, sparsifier, self.sparsity, only=self.layers is not None)
         sparsifier.set_floor(self.sparsity)
         start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, start) if start else {}
         self.sparsifier = sparsifier
         self.pos = 0.
+        self.keeper = KeepPruned(sparsifier, self._end)
+        self.learn.add_cb(self.keeper)
+        if not hasattr(self.learn, 'pruned_before'): self.learn.add_cb(PrunedBefore)
         Override(self, '_with_events', self._guard)
-        if sparsifier.state_dict()['memory']: Override(self, 'save', self._save)
+        Override(self, 'save', self._save)
         if self.column=='sparsity' and hasattr(self.learn, 'recorder'):
             self.recorder.sparsities = self.sparsities
             self.recorder.pruned_losses = self.recorder.losses # of this fit; the next one has another list
@@ -151,21 +152,24 @@ class SparsifyCallback(Callback):
         try: with_events(do, event_type, *args)
         except CancelFitException: raise # `after_fit` follows
         except BaseException: # Ctrl-C too
+            self.keeper.finish()
             self._end()
             raise
 
     def _save(self, save, file, **kwargs):
-        "Save a checkpoint, and the memory of the criterion next to it"
+        "Save a checkpoint of the pruned model, and the memory of the criterion next to it"
+        self.keeper.apply()
         path = save(file, **kwargs)
         self.checkpoint_hashes[self.epoch+1] = weights_hash(self.sparsifier)
         if not rank_distrib(): save_memory(self.memory_file, self.sparsifier, self.checkpoint_hashes)
         return path
 
     def _end(self):
-        "Leave the model pruned, and the learner as it was"
+        "Leave the learner as it was, and let go of the model"
         restore_methods(self.learn)
-        self.sparsifier.apply()
-        note_pruned(self.learn, list(self.sparsifier.layers))
+        self.learn.remove_cb(self.keeper)
+        self.keeper = None
+        self.sparsifier.release()
         if self.sparsities and self.pos < 1:
             warn(f"The training ended early, at a sparsity of {self.sparsities[-1]:.4g}, before its schedule did.")
 
