@@ -11,10 +11,11 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/guard.html.md"""
 # %% auto #0
 __all__ = ['Override', 'restore_methods', 'averaged_models', 'restores_best', 'KeepPruned', 'zero_share']
 
-# %% ../nbs/20_guard.ipynb #5153c510
+# %% ../nbs/20_guard.ipynb #c31fa95c
 import re
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Callback, Learner
+from fastcore.basics import camel2snake
 from torch import nn
 from warnings import warn
 from .layers import is_reparametrized, prunable
@@ -58,15 +59,15 @@ def restore_methods(
             if f is None: delattr(learn, name)
             else: setattr(learn, name, f)
 
-# %% ../nbs/20_guard.ipynb #a1274627
-_average = re.compile(r'(?:^|_|(?<=[a-z]))(?:ema|swa)(?:$|_|v?\d|model)|modelema|averag')
+# %% ../nbs/20_guard.ipynb #b4c1ff9d
+def _words(name): return set(re.findall('[a-z]+', camel2snake(name)))
 
 def averaged_models(
     learn:Learner # In a fit
 )->list[nn.Module]: # Without `learn.model`
     "The models that average the weights of `learn`: modules whose class, or whose name in the learner or a callback, says so"
     held = [(k, m) for holder in (learn, *learn.cbs) for k,m in vars(holder).items() if isinstance(m, nn.Module)]
-    found = {id(m): m for k,m in held if _average.search(k.lower()) or _average.search(type(m).__name__.lower())}
+    found = {id(m): m for k,m in held if {'ema', 'swa', 'average', 'averaged'} & (_words(k) | _words(type(m).__name__))}
     return [m for i,m in found.items() if i!=id(learn.model)]
 
 # %% ../nbs/20_guard.ipynb #92814106

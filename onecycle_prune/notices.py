@@ -46,7 +46,7 @@ def warn_of_return(
              f"{', '.join(n for p in returning for n in p.pruned)}. To keep them pruned, ask for at least "
              f"{n_pruned/sum(p.n_groups for p in returning):.3g}.")
 
-# %% ../nbs/19_notices.ipynb #24561850
+# %% ../nbs/19_notices.ipynb #c80af257
 @torch.no_grad()
 def expected_zeros(
     sparsifier:Sparsifier, # At the start of a fit
@@ -70,7 +70,7 @@ def warn_of_share(
 ):
     "Warn if groups are pruned that hold a much smaller share of the weights than of the groups"
     sizes = {n: m.weight.numel() for n,m in (sparsifier.layers | others).items()}
-    if not others and all(sizes[n]==p.numel() for n,p in sparsifier.pruned.items()): return # single weights
+    if not others and all(sizes[n]==sparsifier.pruned[n].numel() for n in sparsifier.layers): return # single weights
     fractions = {n: pool.budget(sparsity)/pool.n_groups for pool in sparsifier.pools for n in pool.pruned}
     if not isinstance(sparsity, dict): fractions |= dict.fromkeys(others, sparsity)
     asked = sum(f*sizes[n] for n,f in fractions.items()) / max(1, sum(sizes.values()))

@@ -146,7 +146,8 @@ class Sparsifier:
         self.memory = remember_start(self.criteria, self.chosen, broadcast=isinstance(module, DistributedDataParallel))
         self._finite = FiniteCheck()
         self.layers = {} # those of `chosen` that are trained, or were trained before
-        self.pruned = {} # {layer name: mask of its groups}, bool, True = pruned
+        # {layer name: mask of its groups}, bool, True = pruned; a layer that is trained later has its zeros now
+        self.pruned = {n: initial_mask(m, self.granularity) for n,m in self.chosen.items()}
         self.pools = []
         self._sparsity = self._floor_sparsity = None # of the pools, and of their floors
         self._follow_model()
@@ -188,19 +189,19 @@ class Sparsifier:
     )->list[str]: # Names of the layers that `model` does not have
         "Zero all pruned weights in place again, after a change that `prune` did not see, or in a copy of the model"
         if model is None:
-            for n in self.layers: self._zero(n)
+            for n in self.chosen: self._zero(n)
             return []
         weights = self.weights_in(model)
-        for n,w in weights.items(): zero_(grouped_view(w, self.layers[n]), self.pruned[n].to(w.device))
-        return [n for n in self.layers if n not in weights]
+        for n,w in weights.items(): zero_(grouped_view(w, self.chosen[n]), self.pruned[n].to(w.device))
+        return [n for n in self.chosen if n not in weights]
 
     def weights_in(self,
         model # A copy of the model, or the model itself
     )->dict[str, torch.Tensor]: # {layer name: weight}; a layer that `model` does not have is left out
-        "The weights of the pruned layers in a model with the same names"
+        "The weights of the chosen layers in a model with the same names"
         tensors = named_tensors(model)
-        named = {n: tensors.get(self.parameter_names[n]) for n in self.layers}
-        return {n: t for n,t in named.items() if t is not None and t.shape==self.layers[n].weight.shape}
+        named = {n: tensors.get(self.parameter_names[n]) for n in self.chosen}
+        return {n: t for n,t in named.items() if t is not None and t.shape==self.chosen[n].weight.shape}
 
     def release(self):
         "Hold the model weakly from now on, so that the sparsifier does not keep it alive"
@@ -210,7 +211,7 @@ class Sparsifier:
     @property
     def masks(self)->dict[str, torch.Tensor]: # {layer name: bool, True = kept, in the shape of the layer's weight}
         "Which weights are kept"
-        return {n: ~self.granularity.expand(self.pruned[n], m) for n,m in self.layers.items()}
+        return {n: ~self.granularity.expand(self.pruned[n], m) for n,m in self.chosen.items()}
 
     def check(self,
         sparsity:float|dict # As for `prune`
@@ -245,7 +246,6 @@ class Sparsifier:
         state:dict # As `state_dict` gave it, of a sparsifier with the same layers, granularity and criterion
     ):
         "Take over masks and memory, and zero pruned weights. Raises `ValueError` first if the state is of other layers"
-        self._follow_model(joining=state.get('pruned', ()))
         own,given = _shapes(self.state_dict()),_shapes(state)
         if given!=own: raise ValueError(f"The state belongs to other layers: {given}. This sparsifier has {own}.")
         for part,tensors in self.state_dict().items():
@@ -255,16 +255,14 @@ class Sparsifier:
 
     # --- the steps of `prune`
 
-    def _follow_model(self, joining=()):
-        "Take in layers that are trained now, and those in `joining`; move masks and memory to where their weights are"
-        joined = [n for n,m in self.chosen.items() if n not in self.layers and (m.weight.requires_grad or n in joining)]
+    def _follow_model(self):
+        "Take in layers that are trained now, and move masks and memory to where their weights are"
+        joined = [n for n,m in self.chosen.items() if n not in self.layers and m.weight.requires_grad]
         moved = [n for n,m in self.layers.items() if self.pruned[n].device!=m.weight.device]
         if not joined and not moved: return
-        masks = {n: p.to(self.layers[n].weight.device) for n,p in self.pruned.items()}
-        masks |= {n: initial_mask(self.chosen[n], self.granularity) for n in joined}
-        self.layers = {n: m for n,m in self.chosen.items() if n in masks} # in the order of the model
-        self.pruned = {n: masks[n] for n in self.layers}
-        self.memory = {n: t.to(self.chosen[n].weight.device) for n,t in self.memory.items()}
+        self.layers = {n: m for n,m in self.chosen.items() if n in self.layers or n in joined} # in the model's order
+        for tensors in (self.pruned, self.memory):
+            for n in tensors: tensors[n] = tensors[n].to(self.chosen[n].weight.device)
         floors = {n: pool.floor for pool in self.pools for n in list(pool.pruned)[:1]}
         self._make_pools()
         if self._floor_sparsity is None: return
@@ -280,7 +278,8 @@ class Sparsifier:
         if changed: self._make_pools()
 
     def _make_pools(self):
-        self.pools = make_pools(self._sparsity, self.chosen, self.pruned, self.granularity, self.context)
+        trained = {n: self.pruned[n] for n in self.layers}
+        self.pools = make_pools(self._sparsity, self.chosen, trained, self.granularity, self.context)
 
     def _update_masks(self, targets):
         "Bring each pool to its target, and zero the pruned weights"
@@ -323,6 +322,6 @@ class Sparsifier:
 
     def _zero(self, name):
         "Zero the pruned groups of one layer in place"
-        m,pruned = self.layers[name],self.pruned[name]
+        m,pruned = self.chosen[name],self.pruned[name]
         zero_(grouped_view(m.weight, m), pruned)
         for t in self.filter_tensors.get(name, []): zero_(t, pruned.flatten())

@@ -620,3 +620,168 @@ class TestDegenerate:
         learn, probe = new_learner(net), Probe(lambda model: n_zeros(model)['2'])
         learn.fit(4, 1e-2, cbs=[prune(.9), probe])
         assert probe.seen[0] < 5 and abs(probe.seen[-1] - 58) <= tolerance*64
+
+
+class AverageWeights(Callback):
+    "An exponential moving average of the weights, in the manner of fastxtend's and timm's"
+    order = 11
+    def __init__(self, wrap=copy.deepcopy, replace=False, swap=True, order=11):
+        self.wrap, self.replace, self.swap, self.order = wrap, replace, swap, order
+    def before_fit(self): self.ema_model = self.wrap(self.model)
+    def after_batch(self):
+        if not self.training: return
+        values = zip(self.ema_model.parameters(), self.model.parameters())
+        for average, p in values: average.data.lerp_(p.data, .1)
+    def before_validate(self):
+        if self.swap: self.trained, self.learn.model = self.learn.model, self.ema_model
+    def after_validate(self):
+        if self.swap: self.learn.model = self.trained
+    def after_fit(self):
+        if self.replace: self.learn.model = self.ema_model
+        else: self.learn.model_ema = self.ema_model
+
+
+class ScheduleFree(Callback):
+    "Other weights are evaluated than are trained, as with schedule-free optimizers, and are left when the fit ends"
+    def before_fit(self): self.average = [p.detach().clone() for p in self.model.parameters()]
+    def after_batch(self):
+        if self.training:
+            for a, p in zip(self.average, self.model.parameters()): a.lerp_(p.data, .1)
+    def exchange(self):
+        for a, p in zip(self.average, self.model.parameters()): a[:], p.data[:] = p.data.clone(), a.clone()
+    before_validate = after_validate = after_fit = exchange
+
+
+class SecondOptimizer(Callback):
+    "Another optimizer steps once after each epoch of training"
+    def before_fit(self): self.second = torch.optim.SGD(self.model.parameters(), lr=.1)
+    def after_train(self):
+        nn.functional.cross_entropy(self.model(self.xb[0]), self.yb[0]).backward()
+        self.second.step()
+        self.second.zero_grad()
+
+
+def add_noise(model):
+    for p in model.parameters(): p.data.add_(.01)
+
+
+def late(order=200, **events):
+    "A callback that runs after `SparsifyCallback`"
+    cb = Callback(**events)
+    cb.order = order
+    return cb
+
+
+changes = {
+    'noise after the step': lambda: late(after_batch=lambda self: add_noise(self.model)),
+    'noise at the end': lambda: late(after_fit=lambda self: add_noise(self.model)),
+    'a second optimizer': SecondOptimizer,
+    'a schedule-free optimizer': ScheduleFree,
+    'an average for validation': AverageWeights,
+    'an average in place of the model': partial(AverageWeights, replace=True),
+    'an average in place of the model, late': partial(AverageWeights, replace=True, order=200),
+    'a replaced model': lambda: late(before_validate=lambda self: setattr(self.learn, 'model',
+        add_noise(self.model) or copy.deepcopy(self.model))),
+    'a replaced layer': lambda: late(after_train=lambda self: self.model.__setitem__(3, nn.Conv2d(8, 16, 3)))}
+
+
+class TestKept:
+    "The model that is kept"
+
+    @pytest.mark.parametrize('change', changes.values(), ids=changes)
+    def test_changed(self, new_learner, prune, at_target, change):
+        "Weights, layers or the model are changed after the step: validation and the end have the table's sparsity"
+        learn, validated = new_learner(), []
+        look = Callback(before_validate=lambda self: validated.append(n_zeros(self.model)))
+        look.order = 2000
+        learn.fit(3, 1e-2, cbs=[change(), prune(.9), look])
+        at_target(learn.model)
+        for n, k in n_weights.items(): assert validated[-1][n] == round(.9*k)
+
+    @pytest.mark.parametrize('wrap', [copy.deepcopy, torch.optim.swa_utils.AveragedModel], ids=['copy', 'torch'])
+    def test_averages(self, new_learner, prune, at_target, wrap):
+        "An average of the weights that the learner keeps next to its model"
+        learn, average = new_learner(), AverageWeights(wrap, swap=False)
+        learn.fit(3, 1e-2, cbs=[prune(.9), average])
+        at_target(getattr(learn.model_ema, 'module', learn.model_ema))
+        at_target(learn.model)
+
+    def test_teacher(self, new_learner, prune, at_target):
+        "A dense teacher in a callback stays dense"
+        learn, teach = new_learner(), Callback()
+        teach.teacher = tiny_net()
+        learn.fit(2, 1e-2, cbs=[prune(.9), teach])
+        at_target(learn.model)
+        assert not total_zeros(teach.teacher)
+
+    def test_saved(self, new_learner, prune, at_target, tmp_path):
+        "A checkpoint of each epoch is as sparse as the table says, although the weights were changed after the step"
+        learn = new_learner()
+        noise = late(55, after_epoch=lambda self: add_noise(self.model)) # before the checkpoint is saved
+        learn.fit(2, 1e-2, cbs=[prune(.9), noise, SaveModelCallback(every_epoch=True)])
+        saved = tiny_net()
+        saved.load_state_dict(torch.load(tmp_path/'models/model_1.pth'))
+        at_target(saved)
+
+
+class TestFreed:
+    "Layers that are frozen and freed in a fit"
+
+    def test_gradual(self, new_learner, prune, at_target):
+        "A callback frees a layer in each epoch: each joins at the schedule's sparsity, and all reach the target"
+        learn, seen = new_learner(), []
+        def free(self):
+            for i, n in enumerate([8, 3, 0]): self.model[n].requires_grad_(self.epoch >= i)
+        note = late(after_step=lambda self: seen.append(n_zeros(self.model)))
+        learn.fit(4, 1e-2, cbs=[Callback(before_epoch=free, before_fit=lambda self: self.model[0].requires_grad_(False)),
+                                prune(.9), note])
+        at_target(learn.model)
+        assert not seen[2*5 - 1]['0'] and seen[2*5]['0'] > 0
+
+    def test_gradual_global(self, new_learner, prune):
+        "The same in one pool"
+        learn = new_learner()
+        learn.model[0].requires_grad_(False)
+        free = Callback(before_epoch=lambda self: self.model[0].requires_grad_(self.epoch > 1))
+        learn.fit(4, 1e-2, cbs=[free, prune(.9, 'global')])
+        assert total_zeros(learn.model) == round(.9*total_weights)
+
+    def test_alternating(self, new_learner, prune, at_target):
+        "Two parts are trained in turn, as in a GAN"
+        learn = new_learner()
+        def switch(self):
+            if not self.training: return
+            self.model[:6].requires_grad_(self.iter % 2 == 0)
+            self.model[6:].requires_grad_(self.iter % 2 == 1)
+        learn.fit(3, 1e-2, cbs=[Callback(before_batch=switch), prune(.9)])
+        at_target(learn.model)
+
+
+class TestLater:
+    "Trainings of a pruned model"
+
+    def test_other_learner(self, new_learner, prune, with_fasterai):
+        "Saved, loaded in another learner, and trained without the callback: a warning names the layers"
+        learn = new_learner()
+        learn.fit(2, 1e-2, cbs=prune(.9))
+        learn.save('pruned')
+        other = new_learner()
+        other.load('pruned')
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            other.fit(1, 1e-2)
+        assert any('trained again: 0 (90% zeros), 3' in str(w.message) for w in caught)
+
+    def test_lower_target(self, new_learner, prune):
+        "A second fit with a lower target: a warning says how many weights return"
+        learn = new_learner()
+        learn.fit(2, 1e-2, cbs=prune(.9))
+        with pytest.warns(UserWarning, match='pruned groups return in 0, 3, 8'): learn.fit(1, 1e-2, cbs=prune(.5))
+
+    def test_no_false_alarm(self, new_learner, prune, recwarn):
+        "A dense model, also one with a layer that starts at zero, is trained without a warning"
+        learn = new_learner()
+        learn.model[8].weight.data.zero_()
+        learn.fit(1, 1e-2)
+        learn.fit(1, 1e-2, cbs=prune(.9))
+        assert not any('trained again' in str(w.message) or 'return in' in str(w.message) for w in recwarn)
