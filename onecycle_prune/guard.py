@@ -59,13 +59,13 @@ def restore_methods(
             if f is None: delattr(learn, name)
             else: setattr(learn, name, f)
 
-# %% ../nbs/20_guard.ipynb #b4c1ff9d
+# %% ../nbs/20_guard.ipynb #764cda30
 def _words(name): return set(re.findall('[a-z]+', camel2snake(name)))
 
 def averaged_models(
     learn:Learner # In a fit
 )->list[nn.Module]: # Without `learn.model`
-    "The models that average the weights of `learn`: modules whose class, or whose name in the learner or a callback, says so"
+    "The models that average the weights: modules whose class, or whose name in the learner or a callback, says so"
     held = [(k, m) for holder in (learn, *learn.cbs) for k,m in vars(holder).items() if isinstance(m, nn.Module)]
     found = {id(m): m for k,m in held if {'ema', 'swa', 'average', 'averaged'} & (_words(k) | _words(type(m).__name__))}
     return [m for i,m in found.items() if i!=id(learn.model)]

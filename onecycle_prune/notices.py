@@ -9,11 +9,12 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/notices.html.md"""
 # %% auto #0
 __all__ = ['warn_of_best', 'warn_of_return', 'expected_zeros', 'warn_of_share', 'warn_at_start', 'pruned_shares', 'PrunedBefore']
 
-# %% ../nbs/19_notices.ipynb #913584d9
+# %% ../nbs/19_notices.ipynb #008758ff
 import torch
 from fastai.basics import defaults
 from fastai.learner import Callback, Learner, Recorder
 from fastcore.basics import listify
+from functools import partial
 from torch import nn
 from warnings import warn
 from .guard import restores_best
@@ -46,21 +47,19 @@ def warn_of_return(
              f"{', '.join(n for p in returning for n in p.pruned)}. To keep them pruned, ask for at least "
              f"{n_pruned/sum(p.n_groups for p in returning):.3g}.")
 
-# %% ../nbs/19_notices.ipynb #c80af257
+# %% ../nbs/19_notices.ipynb #9e96e76e
 @torch.no_grad()
 def expected_zeros(
     sparsifier:Sparsifier, # At the start of a fit
     sparsity:float|dict # Of the fit
 )->int:
     "How many weights would be zero if the fit pruned to `sparsity` now, by magnitude"
-    n_zeros = 0.
-    for pool in sparsifier.pools:
-        layers = [sparsifier.layers[n] for n in pool.pruned]
-        masks = [p.clone() for p in pool.pruned.values()]
-        def _scores(): return [sparsifier.granularity.reduce(m.weight.abs(), m) for m in layers]
-        select([Problem(masks, pool.budget(sparsity), _scores)]).commit()
-        n_zeros += sum(float(p.float().mean())*m.weight.numel() for p,m in zip(masks, layers))
-    return round(n_zeros)
+    layers = [[sparsifier.layers[n] for n in pool.pruned] for pool in sparsifier.pools]
+    masks = [[p.clone() for p in pool.pruned.values()] for pool in sparsifier.pools]
+    def _scores(i): return [sparsifier.granularity.reduce(m.weight.abs(), m) for m in layers[i]]
+    problems = [Problem(masks[i], p.budget(sparsity), partial(_scores, i)) for i,p in enumerate(sparsifier.pools)]
+    select(problems).commit()
+    return sum(round(float(p.double().mean())*m.weight.numel()) for p,m in zip(sum(masks, []), sum(layers, [])))
 
 def warn_of_share(
     sparsifier:Sparsifier, # At the start of a fit

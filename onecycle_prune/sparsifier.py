@@ -88,9 +88,9 @@ class FiniteCheck:
             raise ValueError(f"Scores of layer '{name}' are NaN or infinite, and cannot be ranked: "
                              "has the training diverged?")
 
-# %% ../nbs/06_sparsifier.ipynb #32bdfeb0
+# %% ../nbs/06_sparsifier.ipynb #adbca369
 def named_tensors(
-    model # A model or a `Learner`, also in `DataParallel`, `DistributedDataParallel`, `torch.compile` or `AveragedModel`
+    model # A model or a `Learner`, also wrapped, as by `DataParallel`, `torch.compile` or `AveragedModel`
 )->dict[str, torch.Tensor]: # {name: parameter or buffer}
     "All parameters and buffers of a model by name, without the prefixes of wrappers"
     module = unwrap_model(model)
