@@ -47,7 +47,7 @@ def warn_of_return(
              f"{', '.join(n for p in returning for n in p.pruned)}. To keep them pruned, ask for at least "
              f"{n_pruned/sum(p.n_groups for p in returning):.3g}.")
 
-# %% ../nbs/19_notices.ipynb #9e96e76e
+# %% ../nbs/19_notices.ipynb #dbe528f4
 @torch.no_grad()
 def expected_zeros(
     sparsifier:Sparsifier, # At the start of a fit
@@ -57,7 +57,9 @@ def expected_zeros(
     layers = [[sparsifier.layers[n] for n in pool.pruned] for pool in sparsifier.pools]
     masks = [[p.clone() for p in pool.pruned.values()] for pool in sparsifier.pools]
     def _scores(i): return [sparsifier.granularity.reduce(m.weight.abs(), m) for m in layers[i]]
-    problems = [Problem(masks[i], p.budget(sparsity), partial(_scores, i)) for i,p in enumerate(sparsifier.pools)]
+    protect = sparsifier.granularity.name!='layer'
+    problems = [Problem(masks[i], pool.budget(sparsity), partial(_scores, i), protect=protect)
+                for i,pool in enumerate(sparsifier.pools)]
     select(problems).commit()
     return sum(round(float(p.double().mean())*m.weight.numel()) for p,m in zip(sum(masks, []), sum(layers, [])))
 
