@@ -88,41 +88,52 @@ class SparsifyCallback(Callback):
         # `validate` and `get_preds`, which lock the learner, are no training either.
         if self.run and not self.learn.lock.locked(): self._begin()
 
+    # A step may be cancelled before it is made, as by a gradient scaler. fastai calls `after_step` all the same.
+    def before_step(self): self.is_stepping = True
+
+    def after_cancel_step(self): self.is_stepping = False
+
     def after_step(self):
         "Prune to the sparsity of the schedule at the end of this batch"
+        if not self.is_stepping: return
+        self.is_stepping = False
         size = epoch_size(self.learn)
-        n = self.n_epoch*size
-        i = self.epoch*size + self.iter
-        self.sparsities.append(self._prune_to((i+1)/n, i/n))
+        self.current = self._prune_to((self.epoch*size + self.iter + 1) / (self.n_epoch*size))
 
-    # A batch that is cancelled before its step still takes its share of the schedule.
-    def after_cancel_batch(self): self.after_step()
+    def after_cancel_batch(self):
+        "Zero what is pruned already, if the batch was cancelled between the step of the optimizer and the pruning"
+        if self.is_stepping: self.sparsifier.apply()
 
-    def before_train(self): self.cancelled = False
+    # A batch without a step changes no mask: accumulated, skipped or cancelled. The next step prunes its share too.
+    def after_batch(self): self.sparsities.append(self.current)
+
+    def before_train(self): self.cancelled = self.is_stepping = False
 
     def after_cancel_train(self): self.cancelled = True
 
     def after_train(self):
-        "Reach the end of the schedule even if there are fewer batches than the data has by its length"
-        unfinished = self.sparsities and self.pos < 1 and not self.cancelled
-        if self.epoch==self.n_epoch-1 and unfinished: self.sparsities[-1] = self._prune_to(1., self.pos)
+        "Reach the end of the schedule even if the last batches made no step, or there are fewer than announced"
+        if self.epoch < self.n_epoch-1 or not self.sparsities or self.cancelled: return
+        if self.pos==1 and not self.sparsifier.n_missing: return
+        self.sparsifier.ignore_steps() # there is no new one
+        self.sparsities[-1] = self.current = self._prune_to(1.)
 
     def after_validate(self):
         "Write the column: the fraction of the groups that are pruned"
         if not self.sparsifier or not hasattr(self.learn, 'recorder'): return
-        self.recorder.log.append(self.sparsities[-1] if self.sparsities else 0.)
+        self.recorder.log.append(self.current)
 
     @property
     def memory_file(self)->Path:
         "The file that holds the memory of a criterion, next to the checkpoints"
         return self.path/self.model_dir/f'{self.column}_memory.pth'
 
-    def _prune_to(self, pos, previous_pos):
+    def _prune_to(self, pos):
         "Prune to the sparsity of the schedule at `pos` in [0, 1]; return the fraction of the groups that are pruned"
-        self.pos = pos
         progress = self.schedule(pos)
         # A schedule that falls returns weights.
-        if progress < self.schedule(previous_pos): self.sparsifier.clear_floor()
+        if progress < self.schedule(self.pos): self.sparsifier.clear_floor()
+        self.pos = pos
         sparsity = self.sparsity
         if not isinstance(sparsity, dict): return self.sparsifier.prune(progress*sparsity)
         return self.sparsifier.prune({k: progress*s for k,s in sparsity.items()})
@@ -136,7 +147,8 @@ class SparsifyCallback(Callback):
         start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, start) if start else {}
         self.sparsifier = sparsifier
-        self.pos = 0.
+        self.pos = start/self.n_epoch
+        self.current = 0. # the fraction of the groups that are pruned
         self.keeper = KeepPruned(sparsifier, self._end)
         self.learn.add_cb(self.keeper)
         if not hasattr(self.learn, 'pruned_before'): self.learn.add_cb(PrunedBefore)

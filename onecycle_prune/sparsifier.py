@@ -10,7 +10,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/sparsifier.html.md"""
 
 # %% auto #0
 __all__ = ['argument_hints', 'initial_mask', 'filter_tensors', 'remember_start', 'FiniteCheck', 'named_tensors',
-           'parameter_names', 'Sparsifier']
+           'parameter_names', 'with_gradient', 'Sparsifier']
 
 # %% ../nbs/06_sparsifier.ipynb #7a75dab7
 import re,torch,weakref
@@ -105,6 +105,18 @@ def parameter_names(
     names = {id(t): n for n,t in reversed(named_tensors(model).items())}
     return {n: names[id(m.weight)] for n,m in layers.items()}
 
+# %% ../nbs/06_sparsifier.ipynb #eb1bb07b
+def with_gradient(
+    layers:dict[str, nn.Module] # {name: layer}
+)->set[str]: # Names
+    "The layers that have a gradient which is not zero throughout; waits once for the device"
+    grads = {n: m.weight.grad for n,m in layers.items() if m.weight.requires_grad and m.weight.grad is not None}
+    if not grads: return set()
+    device = next(iter(grads.values())).device
+    # The first row nearly always answers.
+    found = torch.stack([g[:1].any().to(device, non_blocking=True) for g in grads.values()]).tolist()
+    return {n for (n,g),is_found in zip(grads.items(), found) if is_found or g.any()}
+
 # %% ../nbs/06_sparsifier.ipynb #d0c18eee
 #: {what other libraries call an argument: its name here}
 argument_hints = dict(
@@ -150,6 +162,9 @@ class Sparsifier:
         self.pruned = {n: initial_mask(m, self.granularity) for n,m in self.chosen.items()}
         self.pools = []
         self._sparsity = self._floor_sparsity = None # of the pools, and of their floors
+        self.n_missing = 0 # groups that were not pruned in the last step, since their layers could not be ranked
+        self.was_left_alone = set() # layers that had no gradient in some step
+        self.has_warned_of_ties = False
         self._follow_model()
         frozen = [n for n in self.chosen if n not in self.layers]
         if frozen: warn(f"Frozen layers are not pruned: {', '.join(frozen)}.")
@@ -157,8 +172,8 @@ class Sparsifier:
     def __repr__(self):
         n_pruned = sum(p.count() for p in self.pools)
         n_groups = sum(p.n_groups for p in self.pools)
-        criteria = getattr(self.criteria, '__name__', self.criteria)
-        return (f"Sparsifier(granularity={self.granularity}, context={self.context!r}, criteria={criteria!r}): "
+        return (f"Sparsifier(granularity={self.granularity}, context={self.context!r}, "
+                f"criteria={self._criterion_name!r}): "
                 f"{len(self.layers)} layers, {n_pruned} of {n_groups} groups pruned")
 
     @torch.no_grad()
@@ -181,7 +196,8 @@ class Sparsifier:
         if getattr(self.criteria, 'memory', None)=='last':
             for n,m in self.layers.items(): self.memory[n].copy_(m.weight)
         n_groups = sum(p.n_groups for p in self.pools if not p.dense)
-        return sum(targets) / max(1, n_groups)
+        self.n_missing = sum(targets) - sum(p.count() for p in self.pools)
+        return (sum(targets) - self.n_missing) / max(1, n_groups)
 
     @torch.no_grad()
     def apply(self,
@@ -220,6 +236,12 @@ class Sparsifier:
         sparsity = check_sparsity(sparsity)
         self._set_pools(sparsity)
         for pool in self.pools: pool.warn_if_unreachable(sparsity)
+
+    def ignore_steps(self):
+        "Rank by magnitude from now on, if the criterion says nothing without a new step, as with gradients"
+        if not hasattr(self.criteria, 'needs_gradient') and getattr(self.criteria, 'memory', None)!='last': return
+        self.criteria = large_final
+        self.memory = {}
 
     def set_floor(self,
         sparsity:float|dict # As for `prune`
@@ -282,12 +304,16 @@ class Sparsifier:
         self.pools = make_pools(self._sparsity, self.chosen, trained, self.granularity, self.context)
 
     def _update_masks(self, targets):
-        "Bring each pool to its target, and zero the pruned weights"
-        active = [(p, k) for p,k in zip(self.pools, targets) if k] # a target of 0 needs no selection
-        selection = select([self._problem(p, k) for p,k in active])
+        "Bring each pool to its target, as far as its layers can be ranked, and zero the pruned weights"
+        left_alone = self._left_alone()
+        counts = [self._reachable(p, k, left_alone) for p,k in zip(self.pools, targets)]
+        active = [(p, k) for p,k in zip(self.pools, counts) if k] # a count of 0 needs no selection
+        problems = [self._problem(p, k, left_alone) for p,k in active]
+        selection = select(problems)
         if selection.finite is not None: self._check_weights([p for p,_ in active], selection.finite)
         selection.commit()
-        for pool,k in zip(self.pools, targets):
+        self._check_ties([p for p,_ in active], problems, selection.n_ties)
+        for pool,k in zip(self.pools, counts):
             if not k and pool.n_pruned!=0:
                 for p in pool.pruned.values(): p.zero_()
             elif k and not self._is_magnitude: # for magnitudes, `commit` has zeroed the weights
@@ -297,10 +323,49 @@ class Sparsifier:
     @property
     def _is_magnitude(self): return self.criteria is large_final and self.granularity.name=='weight'
 
-    def _problem(self, pool, k):
-        return Problem(list(pool.pruned.values()), k, lambda: [self._scores(n) for n in pool.pruned],
-            weights=[self.layers[n].weight for n in pool.pruned] if self._is_magnitude else None,
-            n_pruned=pool.count(), protect=self.granularity.name!='layer')
+    def _left_alone(self):
+        "The layers that have no gradient in this step, if the criterion needs one; their masks do not change"
+        if not hasattr(self.criteria, 'needs_gradient'): return set()
+        left_alone = set(self.layers) - with_gradient(self.layers)
+        if len(left_alone)==len(self.layers): return set() # the criterion raises its error
+        if left_alone and not self.was_left_alone:
+            warn(f"These layers had no gradient in a step, so {self._criterion_name!r} could not rank them: "
+                 f"{', '.join(n for n in self.layers if n in left_alone)}. Their masks stay as they are in such a step.")
+        self.was_left_alone |= left_alone
+        return left_alone
+
+    def _reachable(self, pool, k, left_alone):
+        "How many groups of a pool can be pruned in this step, `k` if all of its layers can be ranked"
+        ranked = [p for n,p in pool.pruned.items() if n not in left_alone]
+        if len(ranked)==len(pool.pruned): return k
+        n_pruned = sum(int(p.count_nonzero()) for p in ranked)
+        n_kept = 1 if self.granularity.name=='layer' else len(ranked)
+        most = pool.count() + max(0, sum(p.numel() for p in ranked) - n_kept - n_pruned)
+        return max(pool.count() - n_pruned, min(k, most))
+
+    def _problem(self, pool, k, left_alone):
+        "The problem of a pool that shall have `k` pruned groups, without the layers in `left_alone`"
+        names = [n for n in pool.pruned if n not in left_alone]
+        n_others = sum(int(pool.pruned[n].count_nonzero()) for n in pool.pruned if n in left_alone)
+        return Problem([pool.pruned[n] for n in names], k - n_others, lambda: [self._scores(n) for n in names],
+            weights=[self.layers[n].weight for n in names] if self._is_magnitude else None,
+            n_pruned=pool.count() - n_others, protect=self.granularity.name!='layer')
+
+    @property
+    def _criterion_name(self): return getattr(self.criteria, '__name__', str(self.criteria))
+
+    def _check_ties(self, pools, problems, n_ties):
+        "Warn once if a large part of a pool has the same score, which is no order of importance"
+        if self.has_warned_of_ties: return
+        for pool,problem,n in zip(pools, problems, n_ties):
+            if n is None: continue
+            is_large = n > max(problem.n_prune, pool.n_groups/10)
+            if isinstance(n, torch.Tensor): is_large = ~self._finite.answer(('ties', *pool.pruned), ~is_large)
+            if not is_large: continue
+            self.has_warned_of_ties = True
+            warn(f"{self._criterion_name!r} gives {int(n)} of {pool.n_groups} groups the same score, and only the first "
+                 f"{problem.n_prune} of them or fewer are pruned, by their index: {', '.join(pool.pruned)}.")
+            return
 
     def _scores(self, name):
         "Scores of the groups of one layer, infinite where an n:m pattern keeps them"

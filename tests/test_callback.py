@@ -2,8 +2,8 @@
 from functools import partial
 
 import pytest, torch
-from fastai.basics import (Callback, CancelStepException, OptimWrapper, Recorder, TrainEvalCallback, accuracy,
-    load_learner)
+from fastai.basics import (Callback, CancelBatchException, CancelStepException, OptimWrapper, Recorder, TrainEvalCallback,
+    accuracy, load_learner)
 from fastai.callback.all import CSVLogger, GradientAccumulation, SaveModelCallback, SchedCos, TrackerCallback
 from onecycle_prune.callback import SparsifyCallback
 from torch import nn
@@ -23,6 +23,22 @@ def train(learn, *args, epochs=3, lr=1e-2, granularity='weight', cbs=(), **kwarg
     probe = Probe(partial(count_groups, granularity=granularity))
     learn.fit(epochs, lr, cbs=[SparsifyCallback(*args, granularity=granularity, **kwargs), probe, *cbs])
     return probe.seen
+
+
+class StepNotes(Callback):
+    "Note which batches reach the end of their step, and say which sparsity holds after each batch"
+    order, run_valid = SparsifyCallback.order + 2, False
+    def before_fit(self): self.stepped = []
+    def before_batch(self): self.done = self.failed = False
+    def after_cancel_step(self): self.failed = True
+    def after_step(self): self.done = not self.failed
+    def after_batch(self): self.stepped.append(self.done)
+    def expected(self, sparsities):
+        current, res = 0., []
+        for stepped, s in zip(self.stepped, sparsities):
+            if stepped: current = s
+            res.append(current)
+        return res
 
 
 ### The counts are exact
@@ -127,17 +143,37 @@ def test_same_as_plain_loop(new_learner, context):
 
 @pytest.mark.parametrize('n_acc', [8, 16, 24, 1000])
 def test_gradient_accumulation(new_learner, n_acc):
-    "Batches without an optimizer step follow the schedule, also where an epoch does not divide into steps"
-    seen = train(new_learner(), .9, cbs=[GradientAccumulation(n_acc)])
-    assert_counts(seen, expected_sparsities('one_cycle', .9))
+    "Only an optimizer step prunes, also where an epoch does not divide into steps, and the end reaches the target"
+    steps = StepNotes()
+    seen = train(new_learner(), .9, cbs=[GradientAccumulation(n_acc), steps])
+    assert_counts(seen, steps.expected(expected_sparsities('one_cycle', .9)))
+    assert sum(steps.stepped) == {8: 12, 16: 6, 24: 4, 1000: 0}[n_acc]
 
 
-def test_cancelled_steps(new_learner):
-    "Another callback skips steps, as mixed precision does when gradients overflow"
+@pytest.mark.parametrize('order', [0, SparsifyCallback.order+1])
+@pytest.mark.parametrize('ex', [CancelStepException, CancelBatchException])
+@pytest.mark.parametrize('event', ['before_backward', 'before_step'])
+def test_cancelled_steps(new_learner, ex, event, order):
+    "Another callback skips steps, as mixed precision does when gradients overflow, or whole batches"
+    if event == 'before_backward': ex = CancelBatchException
     def skip(self):
-        if self.iter % 2: raise CancelStepException
-    seen = train(new_learner(), .9, cbs=[Callback(before_step=skip)])
-    assert_counts(seen, expected_sparsities('one_cycle', .9))
+        if self.iter % 2: raise ex
+    cb, steps = Callback(**{event: skip}), StepNotes()
+    cb.order = order
+    learn = new_learner()
+    seen = train(learn, .9, cbs=[cb, steps])
+    assert sum(steps.stepped) == 9
+    assert_counts(seen, steps.expected(expected_sparsities('one_cycle', .9)))
+    assert len(learn.recorder.sparsities) == len(seen)
+
+
+def test_cancelled_after_the_step(new_learner):
+    "A batch that is cancelled between the step and the pruning prunes nothing new, and regrows nothing"
+    def cancel(self):
+        if self.iter % 2: raise CancelBatchException
+    steps = StepNotes()
+    seen = train(new_learner(opt_func=momentum_sgd), .9, cbs=[Callback(after_step=cancel), steps])
+    assert_counts(seen, steps.expected(expected_sparsities('one_cycle', .9)))
 
 
 def test_without_recorder(new_learner):

@@ -46,6 +46,8 @@ class Selection:
         problems:list[Problem] # One for each pool
     ):
         self.parts = [] # backends, each with its share of the problems
+        self.taken = [] # for each of them, which problems it has
+        self.n_problems = len(problems)
         #: Bool, one for each problem: whether its weights are finite, if its backend checks them. A GPU answers later.
         self.finite = None
         placements = [_device_and_dtype(p) for p in problems]
@@ -56,6 +58,7 @@ class Selection:
                 if not taken: continue
                 part = backend([problems[i] for i in taken])
                 self.parts.append(part)
+                self.taken.append(taken)
                 self._note_finite(part.finite, taken, len(problems))
                 falling_back = [i for i,falls_back in zip(taken, part.fallback) if falls_back]
                 waiting = [i for i in waiting if i not in taken] + falling_back
@@ -69,6 +72,15 @@ class Selection:
     def commit(self):
         "Change the masks, and zero the pruned weights of problems that have weights"
         for part in self.parts: part.commit()
+
+    @property
+    def n_ties(self)->list: # For each problem, a number on the host or the device, or None
+        "After `commit`: how many groups that were not pruned had the highest score that is pruned now"
+        res = [None]*self.n_problems
+        for part,taken in zip(self.parts, self.taken): # a backend that falls back comes before the next one
+            for i,n,falls_back in zip(taken, part.n_ties, part.fallback):
+                if not falls_back: res[i] = n
+        return res
 
 def _device_and_dtype(problem):
     return problem.pruned[0].device,problem.weights[0].dtype if problem.weights else None

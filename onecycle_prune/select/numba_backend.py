@@ -64,7 +64,7 @@ class NumbaBackend:
 
     def commit(self):
         rows = self._rows((self.n_prune > 0) & ~self.fallback)
-        kernels.prune_candidates(rows, self.blocks, self.candidates, self.thresholds[self.layout.pool], self.n_ties)
+        kernels.prune_candidates(rows, self.blocks, self.candidates, self.thresholds[self.layout.pool], self.to_prune)
         for w in self.weights: mark_changed(w)
 
     def _rows(self, pools): return np.flatnonzero(pools[self.layout.pool])
@@ -98,18 +98,21 @@ class NumbaBackend:
         starts = np.cumsum(self.counts) - self.counts
         kernels.gather_keys(self._rows(self.n_prune > 0), self.blocks, self.candidates, starts, keys, max_magnitude)
         self.thresholds = np.zeros_like(self.n_prune, self.inf.dtype)
+        self.n_ties = [None]*len(self.n_prune)
         ties = {} # {pool that has more ties than it prunes: how many it prunes}
         keys_of_pools = np.split(keys, np.cumsum(self.n_candidates)[:-1])
         for p,(pool_keys,n) in enumerate(zip(keys_of_pools, self.n_prune.tolist())):
             if not n: continue
             pool_keys.partition(n-1) # in place
             self.thresholds[p] = threshold = pool_keys[n-1]
-            if (pool_keys[n:]==threshold).any(): ties[p] = np.count_nonzero(pool_keys[:n]==threshold)
+            n_pruned,n_kept = (np.count_nonzero(o==threshold) for o in (pool_keys[:n], pool_keys[n:]))
+            self.n_ties[p] = n_pruned + n_kept
+            if n_kept: ties[p] = n_pruned
         not_finite = np.maximum.reduceat(max_magnitude, self.layout.first_block) >= self.inf
         out_of_order = [p in ties and not all(self.weights[l].is_contiguous() for l in layers)
                         for p,layers in enumerate(self.layout.layers)]
         self.fallback = (self.n_prune > 0) & (not_finite | self._may_collapse(max_magnitude) | out_of_order)
-        self.n_ties = self._ties_per_block(ties)
+        self.to_prune = self._ties_per_block(ties)
 
     def _may_collapse(self, max_magnitude):
         "For each pool, whether one of its several layers could lose all weights"

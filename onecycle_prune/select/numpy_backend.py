@@ -49,13 +49,13 @@ def bounds(
 def lowest_of(
     values:np.ndarray, # Of shape (n,)
     k:int # 1 to n
-)->np.ndarray: # Bool, of shape (n,)
+)->tuple[np.ndarray, int]: # Bool, of shape (n,), and how many values are equal to the last of the `k`
     "The `k` lowest of `values`; ties are broken by the lower index"
     threshold = np.partition(values, k-1)[k-1]
     lowest = values < threshold
-    n_ties = k - np.count_nonzero(lowest) # those that are pruned
-    lowest[np.flatnonzero(values==threshold)[:n_ties]] = True
-    return lowest
+    ties = np.flatnonzero(values==threshold)
+    lowest[ties[:k - np.count_nonzero(lowest)]] = True
+    return lowest,len(ties)
 
 # %% ../../nbs/select/12_numpy_backend.ipynb #1d663cac
 def _split(x, like): return np.split(x, np.cumsum([len(o) for o in like])[:-1])
@@ -64,14 +64,14 @@ def find_lowest(
     scores:list[np.ndarray], # Of each layer of a pool, of shape (n,), without NaN
     pruned:list[np.ndarray], # Mask of each layer: bool, of shape (n,)
     n_prune:int # How many more groups shall be pruned, 1 to all that are not
-)->list[np.ndarray]: # For each layer, the positions of its groups among them
+)->tuple[list[np.ndarray], int]: # For each layer, the positions of its groups among them; and the number of ties
     "Find the `n_prune` lowest scores that are not pruned yet"
     values,step = sample(scores, pruned)
     for bound in bounds(values, n_prune/step, np.inf):
         candidates = [np.flatnonzero((s <= bound) > p) for s,p in zip(scores, pruned)]
         if sum(map(len, candidates)) >= n_prune: break
-    lowest = lowest_of(np.concatenate([s[c] for s,c in zip(scores, candidates)]), n_prune)
-    return [c[l] for c,l in zip(candidates, _split(lowest, candidates))]
+    lowest,n_ties = lowest_of(np.concatenate([s[c] for s,c in zip(scores, candidates)]), n_prune)
+    return [c[l] for c,l in zip(candidates, _split(lowest, candidates))],n_ties
 
 # %% ../../nbs/select/12_numpy_backend.ipynb #23b190a9
 def find_returning(
@@ -91,7 +91,7 @@ def prune_lowest_numpy(
     pruned:list[torch.Tensor], # Mask of each layer: bool, in the shape of its scores; changed in place
     k:int, # How many groups shall be pruned in all
     protect:bool=True # Whether each of several layers keeps its best group
-):
+)->int: # How many groups have the score of the last one of the `k`
     "Set the masks of one pool to its first `k` groups, as `reference.prune_lowest` does"
     scores = [s.flatten() for s in scores]
     flat = [p.flatten() for p in pruned]
@@ -99,8 +99,8 @@ def prune_lowest_numpy(
     while True:
         counts = list(map(np.count_nonzero, masks))
         n_prune = k - sum(counts)
-        if n_prune > 0: changed = find_lowest(list(map(_as_array, scores)), masks, n_prune)
-        else: changed = find_returning(masks, k)
+        if n_prune > 0: changed,n_ties = find_lowest(list(map(_as_array, scores)), masks, n_prune)
+        else: changed,n_ties = find_returning(masks, k),0
         counts = [n + len(c) if n_prune > 0 else n - len(c) for n,c in zip(counts, changed)]
         collapsing = [i for i,n in enumerate(counts) if n==len(masks[i])]
         if not (protect and len(masks) > 1 and collapsing): break
@@ -110,6 +110,7 @@ def prune_lowest_numpy(
     for mask,positions in zip(masks, changed): mask[positions] = n_prune > 0
     for p,f in zip(pruned, flat):
         if f.data_ptr() != p.data_ptr(): p.copy_(f.view_as(p)) # `flatten` copies other memory layouts
+    return n_ties
 
 # %% ../../nbs/select/12_numpy_backend.ipynb #c4a8ba27
 class NumpyBackend(Reference):

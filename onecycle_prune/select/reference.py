@@ -63,20 +63,25 @@ def prune_lowest(
     pruned:list[torch.Tensor], # Mask of each layer: bool, in the shape of its scores; changed in place
     k:int, # How many groups shall be pruned in all
     protect:bool=True # Whether each of several layers keeps its best group
-):
+)->torch.Tensor: # A number: how many groups have the score of the last one of the `k`
     "Set the masks of one pool to its first `k` groups, by a stable sort"
     layers = [(s.flatten(), p.flatten()) for s,p in zip(scores, pruned)]
     if protect and len(layers) > 1: layers = [protect_best(s, p) for s,p in layers]
     keys = torch.cat([s.masked_fill(p, -torch.inf) for s,p in layers])
     lowest = torch.zeros_like(keys, dtype=torch.bool)
-    lowest.index_fill_(0, keys.sort(stable=True).indices[:k], True)
+    values,order = keys.sort(stable=True)
+    lowest.index_fill_(0, order[:k], True)
     for p,mask in zip(pruned, lowest.split([p.numel() for p in pruned])): p.copy_(mask.view_as(p))
+    return (values==values[max(0, k-1)]).sum()
 
 # %% ../../nbs/select/11_reference.ipynb #480d3dfa
 class Backend(Protocol):
     "Solves problems: it finds the groups when it is built, and changes masks and weights by `commit`"
     finite:torch.Tensor|None # Whether each problem's weights are finite, if its device answers later; None if they are
     fallback:list[bool] # Which problems it leaves to the next backend
+    # For each problem, after `commit`: how many groups that were not pruned had the highest score that is pruned now,
+    # a number on the host or the device; None if the backend has not looked, or has pruned none
+    n_ties:list
 
     @staticmethod
     def supports(problem:Problem)->bool: "Whether the backend can try `problem`"
@@ -96,10 +101,13 @@ class Reference:
     def __init__(self, problems):
         self.problems = problems
         self.fallback = [False]*len(problems)
+        self.n_ties = [None]*len(problems)
         self.scores = [p.scores() if p.n_prune else None for p in problems]
 
     def commit(self):
-        for problem in self.problems:
+        for i,problem in enumerate(self.problems):
             scores = self.scores.pop(0) # `pop` frees the scores pool by pool
-            if scores is not None: self.select(scores, problem.pruned, problem.k, problem.protect)
+            if scores is not None:
+                n_ties = self.select(scores, problem.pruned, problem.k, problem.protect)
+                if problem.n_prune > 0: self.n_ties[i] = n_ties
             problem.zero_weights()

@@ -211,16 +211,17 @@ class TritonBackend:
         device_table = torch.from_numpy(values).to(device, non_blocking=True)
         self.candidates = device_table.new_empty(len(layout.blocks)*block_size.value//32, dtype=torch.int32)
         self.tables = layout.blocks,device_table,self.candidates
-        # `n_ties` starts as the number to prune. The kernels count it down to the number of ties.
-        self.thresholds,self.tie_positions,self.max_key,self.n_ties = device_table[len(table):].view(4, -1)
+        self.thresholds,self.tie_positions,self.max_key,self.to_prune = device_table[len(table):].view(4, -1)
         with torch.cuda.device_of(like): self._find(len(self.weights), len(problems), layout.largest)
         # The host does not wait for this answer.
         self.finite = self.max_key.to(getattr(torch, self.int.name)).view(like.dtype).isfinite()
         self.fallback = [False]*len(problems)
+        # `n_ties` starts as the number to prune. The kernels count it down to the number of ties that are pruned.
+        self.n_ties = [None]*len(problems) # of all ties, which the kernels do not count
 
     def commit(self):
         with torch.cuda.device_of(self.candidates):
-            self._run(_prune_candidates, self.thresholds, self.tie_positions, self.n_ties)
+            self._run(_prune_candidates, self.thresholds, self.tie_positions, self.to_prune)
         for w in self.weights: mark_changed(w)
 
     def _run(self, kernel, *args): kernel[(len(self.tables[0]),)](*self.tables, *args, self.int, num_warps=8)
@@ -233,14 +234,14 @@ class TritonBackend:
         histograms = self.thresholds.new_zeros(n_pools*n_bins.value)
         (first,_),*others = _digits(self.int.primitive_bitwidth - 1)
         self._run(_find_candidates, max_magnitude, histograms, first)
-        _protect_best[(n_layers,)](layers, max_magnitude, protected_idx, histograms, self.max_key, self.n_ties, first)
-        _pick_digit[(n_pools,)](histograms, self.thresholds, self.n_ties, first)
+        _protect_best[(n_layers,)](layers, max_magnitude, protected_idx, histograms, self.max_key, self.to_prune, first)
+        _pick_digit[(n_pools,)](histograms, self.thresholds, self.to_prune, first)
         for shift,above in others:
             self._run(_refine_candidates, protected_idx, self.thresholds, histograms, shift, above)
-            _pick_digit[(n_pools,)](histograms, self.thresholds, self.n_ties, shift)
+            _pick_digit[(n_pools,)](histograms, self.thresholds, self.to_prune, shift)
         for shift,above in _digits(max(1, (largest-1).bit_length())):
             self._run(_count_tie_positions, self.thresholds, self.tie_positions, histograms, shift, above)
-            _pick_digit[(n_pools,)](histograms, self.tie_positions, self.n_ties, shift)
+            _pick_digit[(n_pools,)](histograms, self.tie_positions, self.to_prune, shift)
 
 # %% ../../nbs/select/15_triton_backend.ipynb #547d22c4
 def _agrees_with_sort(device, dtype):
