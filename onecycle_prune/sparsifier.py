@@ -307,7 +307,8 @@ class Sparsifier:
         "Bring each pool to its target, as far as its layers can be ranked, and zero the pruned weights"
         left_alone = self._left_alone()
         counts = [self._reachable(p, k, left_alone) for p,k in zip(self.pools, targets)]
-        active = [(p, k) for p,k in zip(self.pools, counts) if k] # a count of 0 needs no selection
+        # A count of 0 needs no selection.
+        active = [(p, k) for p,k in zip(self.pools, counts) if k and not left_alone.issuperset(p.pruned)]
         problems = [self._problem(p, k, left_alone) for p,k in active]
         selection = select(problems)
         if selection.finite is not None: self._check_weights([p for p,_ in active], selection.finite)

@@ -2,8 +2,8 @@
 from functools import partial
 
 import pytest, torch
-from fastai.basics import (Callback, CancelBatchException, CancelStepException, OptimWrapper, Recorder, TrainEvalCallback,
-    accuracy, load_learner)
+from fastai.basics import (Callback, CancelBatchException, CancelStepException, OptimWrapper, Recorder,
+    TrainEvalCallback, accuracy, load_learner)
 from fastai.callback.all import CSVLogger, GradientAccumulation, SaveModelCallback, SchedCos, TrackerCallback
 from onecycle_prune.callback import SparsifyCallback
 from torch import nn
