@@ -9,8 +9,9 @@
 - `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued
 - `onecycle_prune.granularity`: Which weights are pruned together: single weights, or groups of them
 - `onecycle_prune.guard`: Keep the model pruned, whatever happens in a fit
-- `onecycle_prune.layers`: Which layers are pruned, and which batch norms follow them
+- `onecycle_prune.layers`: Which layers are pruned, and what their tensors are called
 - `onecycle_prune.notices`: Warnings at the start of a fit
+- `onecycle_prune.observe`: What happens in one forward pass: which norms follow a filter, and which weights are used
 - `onecycle_prune.pools`: The layers that compete, and how many of their groups shall be pruned
 - `onecycle_prune.report`: Tables and plots of a pruned model and of its training
 - `onecycle_prune.schedule`: The share of the target sparsity that is reached at each position of the training

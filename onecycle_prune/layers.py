@@ -1,4 +1,4 @@
-"""Which layers are pruned, and which batch norms follow them
+"""Which layers are pruned, and what their tensors are called
 
 Layers are chosen by class, by name, as modules, or by a function of the module. A layer that cannot be pruned as asked raises an error with its name, before anything changes.
 
@@ -8,13 +8,12 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/layers.html.md"""
 
 # %% auto #0
 __all__ = ['unwrap_model', 'Projection', 'weight_owner', 'is_reparametrized', 'prunable', 'check_layers', 'describe_layers',
-           'match', 'choose', 'batchnorms_after']
+           'match', 'choose', 'named_tensors', 'tensor_names']
 
 # %% ../nbs/04_layers.ipynb #24703c17
-import copy,torch,torch.nn.functional as F
+import re,torch
 from collections.abc import Iterator
-from torch import fx,nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from ._utils import raise_unknown
@@ -176,58 +175,17 @@ def _check_layer(name, m, granularity):
                          "Leave it out with `layers`, for example by a function of the module.")
     if not m.weight.isfinite().all(): raise ValueError(f"{layer} has NaN or infinite weights, which cannot be ranked.")
 
-# %% ../nbs/04_layers.ipynb #f46031de
-def batchnorms_after(
-    model, # A model or a `Learner`, as for `unwrap_model`
-    layers:list[nn.Module] # Modules of `model`
-)->dict[nn.Module,list[nn.Module]]: # {layer: its batch norms}, for those of `layers` that have any
-    "The batch norms that only one of `layers` feeds, directly or through activations and dropout that keep a zero"
-    res = {}
-    for part,graph in _traceable_parts(unwrap_model(model)):
-        modules = dict(part.named_modules())
-        sources = {}
-        for node in graph.nodes:
-            bn = _called_module(node, modules)
-            if isinstance(bn, _BatchNorm): sources.setdefault(bn, set()).add(_source(node.all_input_nodes[0], modules))
-        for bn,fed_by in sources.items():
-            for m in layers:
-                if fed_by == {m}: res.setdefault(m, []).append(bn)
-    return res
+# %% ../nbs/04_layers.ipynb #6f0349e5
+def named_tensors(
+    model # A model or a `Learner`, also wrapped, as by `DataParallel`, `torch.compile` or `AveragedModel`
+)->dict[str, torch.Tensor]: # {name: parameter or buffer}
+    "All parameters and buffers of a model by name, without the prefixes of wrappers"
+    module = unwrap_model(model)
+    tensors = *module.named_parameters(remove_duplicate=False),*module.named_buffers(remove_duplicate=False)
+    return {re.sub(r'^(module\.|_orig_mod\.)+', '', n): t for n,t in tensors}
 
-class _Tracer(fx.Tracer):
-    "A tracer that does not look into layers and batch norms, nor into subclasses of them"
-    def is_leaf_module(self, m, name):
-        return isinstance(m, conv+linear+(_BatchNorm,)) or super().is_leaf_module(m, name)
-
-def _traceable_parts(model:nn.Module)->Iterator[tuple[nn.Module,fx.Graph]]:
-    "The model with its graph, or its largest parts that can be traced, each with its graph"
-    try: yield model, _Tracer().trace(_copy_without_hooks(model, {}))
-    except Exception: # a forward may do anything that fails while tracing; the parts may still be traceable
-        for child in model.children(): yield from _traceable_parts(child)
-
-def _copy_without_hooks(m:nn.Module|None, copies:dict[int,nn.Module])->nn.Module|None:
-    "New modules around the parameters of `m`; `copies` holds those made already, as a module may be in several places"
-    if m is None or id(m) in copies: return copies.get(id(m))
-    new = copies[id(m)] = type(m).__new__(type(m))
-    for k,v in vars(m).items(): vars(new)[k] = copy.copy(v) if isinstance(v, (list, dict, set)) else v
-    for k,v in vars(new).items():
-        if k.endswith('_hooks') and isinstance(v, dict): v.clear()
-    vars(new)['_buffers'] = {k: b if b is None else b.clone() for k,b in m._buffers.items()}
-    vars(new)['_modules'] = {k: _copy_without_hooks(c, copies) for k,c in m._modules.items()}
-    return new
-
-_keeps_zero = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh,
-    nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity)
-_keeps_zero_functions = dict(call_method=('relu', 'relu_', 'tanh'),
-    call_function=(torch.relu, torch.tanh, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish,
-        F.dropout))
-
-def _called_module(node:fx.Node, modules:dict[str,nn.Module])->nn.Module|None:
-    return modules[node.target] if node.op=='call_module' else None
-
-def _source(node:fx.Node, modules:dict[str,nn.Module])->nn.Module|fx.Node:
-    "Follow the flow back from `node` past everything that keeps a zero, to a module, or to a node that calls none"
-    m = _called_module(node, modules)
-    if isinstance(m, _keeps_zero) or node.target in _keeps_zero_functions.get(node.op, ()):
-        return _source(node.all_input_nodes[0], modules)
-    return node if m is None else m
+def tensor_names(
+    model # As for `named_tensors`
+)->dict[int, str]: # {id of a parameter or buffer: its first name}
+    "The names of all parameters and buffers of a model"
+    return {id(t): n for n,t in reversed(named_tensors(model).items())}

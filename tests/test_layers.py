@@ -1,17 +1,15 @@
-"The layers that are chosen, and the batch norms that follow them, agree with lists written by hand."
+"The layers that are chosen agree with lists written by hand."
 from collections import OrderedDict
 
 import pytest, torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune
 from torchvision import models
 
-from helpers import assert_same, bits, channel
+from helpers import assert_same, bits
 from networks import tiny_net
 from onecycle_prune.granularity import conv, get_granularity, linear
-from onecycle_prune.layers import (
-    batchnorms_after, check_layers, choose, describe_layers, match, prunable, unwrap_model)
+from onecycle_prune.layers import check_layers, choose, describe_layers, match, prunable, unwrap_model
 from onecycle_prune.sparsifier import Sparsifier
 
 
@@ -202,7 +200,6 @@ def test_learner(new_learner, wrap):
     net = tiny_net()
     learn = new_learner(wrap(net))
     assert unwrap_model(learn) is net and list(prunable(learn)) == ['0', '3', '8'] == chosen(learn, None)
-    assert batchnorms_after(learn, [net[0]]) == {net[0]: [net[1]]}
 
 
 def test_model_with_an_attribute_model():
@@ -226,7 +223,7 @@ class Holder:
 def test_no_model(model, message):
     "What is neither a model nor a learner raises an error that says what is right"
     message = 'A model is an nn.Module, or a Learner that has one, ' + message
-    for use in (unwrap_model, prunable, lambda m: chosen(m, None), lambda m: batchnorms_after(m, []), Sparsifier):
+    for use in (unwrap_model, prunable, lambda m: chosen(m, None), Sparsifier):
         with pytest.raises(ValueError, match=message): use(model)
 
 
@@ -256,237 +253,6 @@ def test_not_finite(value):
     net = Net()
     net.head.weight.data[0, 0] = value
     with pytest.raises(ValueError, match=r"'head' \(Linear\) has NaN or infinite"): chosen(net, (conv, linear))
-
-
-# Batch norms
-
-def bns(model):
-    "{name of a layer: names of the batch norms after it}"
-    names = {m: n for n, m in model.named_modules()}
-    found = batchnorms_after(model, list(prunable(model).values()))
-    return {names[m]: [names[b] for b in bs] for m, bs in found.items()}
-
-
-def on_meta(f):
-    "A network whose weights take no memory and no time"
-    with torch.device('meta'): return f(weights=None)
-
-
-def test_resnet18():
-    blocks = {f'layer{l}.{b}.conv{c}': [f'layer{l}.{b}.bn{c}'] for l in (1, 2, 3, 4) for b in (0, 1) for c in (1, 2)}
-    downs = {f'layer{l}.0.downsample.0': [f'layer{l}.0.downsample.1'] for l in (2, 3, 4)}
-    assert bns(on_meta(models.resnet18)) == {'conv1': ['bn1']} | blocks | downs
-
-
-def test_vgg16_bn():
-    convs = [0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40]  # conv, bn, relu, and sometimes a max pooling
-    assert bns(on_meta(models.vgg16_bn)) == {f'features.{i}': [f'features.{i+1}'] for i in convs}
-
-
-def test_mobilenet_v2():
-    expected = {'features.0.0': ['features.0.1'], 'features.18.0': ['features.18.1'],
-                # the first block does not expand: depthwise, then pointwise
-                'features.1.conv.0.0': ['features.1.conv.0.1'], 'features.1.conv.1': ['features.1.conv.2']}
-    for i in range(2, 18):
-        b = f'features.{i}.conv'
-        expected |= {f'{b}.0.0': [f'{b}.0.1'], f'{b}.1.0': [f'{b}.1.1'], f'{b}.2': [f'{b}.3']}
-    assert bns(on_meta(models.mobilenet_v2)) == expected
-
-
-def test_densenet121():
-    """Outputs are concatenated before the next norm reads them, and transitions end in average pooling: \
-only norm0 and norm2 are fed by one convolution"""
-    inner = {f'features.denseblock{b}.denselayer{l}.conv1': [f'features.denseblock{b}.denselayer{l}.norm2']
-             for b, n in enumerate((6, 12, 24, 16), 1) for l in range(1, n+1)}
-    assert bns(on_meta(models.densenet121)) == {'features.conv0': ['features.norm0']} | inner
-
-
-class Functional(nn.Module):
-    "A convolution, followed by `f(self, x)`"
-    def __init__(self, f, **modules):
-        super().__init__()
-        self.conv, self.bn, self.f = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), f
-        for n, m in modules.items(): setattr(self, n, m)
-
-    def forward(self, x): return self.f(self, self.conv(x))
-
-
-fed = dict(
-    direct=lambda s, x: s.bn(x),
-    function=lambda s, x: s.bn(F.relu(x)), method=lambda s, x: s.bn(x.relu()), torch=lambda s, x: s.bn(torch.relu(x)),
-    inplace=lambda s, x: s.bn(x.relu_()), dropout=lambda s, x: s.bn(F.dropout(F.gelu(x), .5)),
-    branch=lambda s, x: s.bn(x) + x)
-not_fed = dict(
-    none=lambda s, x: x, sum=lambda s, x: s.bn(x + x.mean()), cat=lambda s, x: s.bn(torch.cat([x[:, :2], x[:, 2:]], 1)),
-    other=lambda s, x: s.bn(torch.ones_like(x)), sigmoid=lambda s, x: s.bn(torch.sigmoid(x)),
-    flip=lambda s, x: s.bn(x.flip(1)))
-
-
-@pytest.mark.parametrize('f', fed.values(), ids=fed)
-def test_fed(f): assert bns(Functional(f)) == {'conv': ['bn']}
-
-
-@pytest.mark.parametrize('f', not_fed.values(), ids=not_fed)
-def test_not_fed(f): assert bns(Functional(f)) == {}
-
-
-def test_conv_relu_bn(): assert bns(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))) == {'0': ['2']}
-
-
-def test_named_relu():
-    "The class of a module counts, not its name"
-    assert bns(Functional(lambda s, x: s.bn(s.relu(x)), relu=nn.ChannelShuffle(2))) == {}
-
-
-def test_two_bns():
-    net = Functional(lambda s, x: s.bn(x) + s.bn2(x), bn2=nn.BatchNorm2d(4))
-    assert bns(net) == {'conv': ['bn', 'bn2']}
-
-
-def test_written_elsewhere():
-    "The flow of data counts, not the order in the code"
-    class Crossed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.bn_b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-            self.b, self.bn_a = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-        def forward(self, x): return self.bn_b(self.b(x)) + self.bn_a(self.a(x))
-    assert bns(Crossed()) == {'a': ['bn_a'], 'b': ['bn_b']}
-
-
-def test_only_asked():
-    net = on_meta(models.resnet18)
-    assert batchnorms_after(net, [net.layer1[0].conv2]) == {net.layer1[0].conv2: [net.layer1[0].bn2]}
-
-
-@pytest.mark.parametrize('bn,c', [
-    (nn.BatchNorm1d, nn.Conv1d), (nn.BatchNorm2d, nn.ConvTranspose2d), (nn.BatchNorm3d, nn.Conv3d)])
-def test_dimensions(bn, c): assert bns(nn.Sequential(c(2, 2, 1), bn(2))) == {'0': ['1']}
-
-
-def test_sync_batchnorm():
-    "fastai converts batch norms to this class for a distributed training"
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    assert isinstance(net[1], nn.SyncBatchNorm) and bns(net) == {'0': ['1']}
-
-
-def test_shared_bn():
-    "A batch norm that two convolutions feed belongs to neither"
-    shared = Functional(lambda s, x: s.bn(s.conv2(s.bn(x))), conv2=nn.Conv2d(4, 4, 1))
-    assert bns(shared) == {}
-
-
-def test_block_called_twice():
-    "A block that runs twice has its batch norm fed by its own convolution alone, both times"
-    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
-    assert bns(nn.Sequential(block, nn.ReLU(), block)) == {'0.0': ['0.1']}
-
-
-class Branching(nn.Module):
-    "Its flow depends on the values of its input, which cannot be traced; its parts can be traced"
-    def __init__(self):
-        super().__init__()
-        self.stem, self.stem_bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-        self.a = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
-        self.b = nn.ModuleDict(dict(inner=nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))))
-
-    def forward(self, x):
-        x = self.stem_bn(self.stem(x))
-        return self.a(x) if x.sum() > 0 else self.b['inner'](x)
-
-
-def test_untraceable(): assert bns(Branching()) == {'a.0': ['a.1'], 'b.inner.0': ['b.inner.2']}
-
-
-class Keeping(nn.Module):
-    "Stores an activation, counts its calls, and has a buffer that counts them too"
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.calls = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), 0
-        self.register_buffer('seen', torch.zeros(()))
-
-    def forward(self, x):
-        self.h = self.conv(x)
-        self.calls += 1
-        self.seen += 1
-        return self.bn(self.h)
-
-
-@pytest.mark.parametrize('make', [Keeping, Branching])
-def test_trace_changes_nothing(make):
-    net = nn.Sequential(make())
-    state, seed = bits(net), torch.get_rng_state()
-    inside, params = [dict(vars(m)) for m in net.modules()], [id(p) for p in net.parameters()]
-    assert bns(net)
-    assert_same(net.state_dict(), state)
-    assert [vars(m) for m in net.modules()] == inside and [id(p) for p in net.parameters()] == params
-    assert torch.equal(torch.get_rng_state(), seed)
-
-
-def test_after_forward():
-    "A model that still stores the activations of its last batch gives the same result"
-    net = Keeping()
-    net(torch.randn(2, 3, 8, 8))
-    assert bns(net) == {'conv': ['bn']}
-
-
-def test_hooks_are_not_called():
-    "Tracing does not call the hooks of the user's modules"
-    net, seen = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), []
-    for m in net.modules():
-        m.register_forward_hook(lambda m, x, y: seen.append(m))
-        m.register_forward_pre_hook(lambda m, x: seen.append(m))
-    assert bns(net) == {'0.0': ['0.1']} and not seen
-
-
-# Filters that are pruned give zeros
-
-makers = dict(
-    conv=lambda: nn.Conv2d(4, 6, 3), conv1d=lambda: nn.Conv1d(4, 6, 3), grouped=lambda: nn.Conv2d(4, 6, 3, groups=2),
-    depthwise=lambda: nn.Conv2d(6, 6, 3, groups=6), up=lambda: nn.ConvTranspose2d(4, 6, 3),
-    grouped_up=lambda: nn.ConvTranspose2d(4, 6, 3, groups=2))
-followers = dict(
-    nothing=lambda bn: [], bn=lambda bn: [bn], relu_bn=lambda bn: [nn.ReLU(), bn], bn_relu=lambda bn: [bn, nn.ReLU()],
-    gelu_drop_bn=lambda bn: [nn.GELU(), nn.Dropout(), bn])
-weak = [1, 2, 5]
-
-
-@pytest.mark.parametrize('after', followers.values(), ids=followers)
-@pytest.mark.parametrize('make', makers.values(), ids=makers)
-def test_pruned_channel_is_zero(make, after):
-    "The channel of a pruned filter is zero, whatever its bias and batch norm had learned; other channels are not"
-    m = make()
-    bn = (nn.BatchNorm1d if isinstance(m, nn.Conv1d) else nn.BatchNorm2d)(6)
-    net = nn.Sequential(m, *after(bn)).eval()
-    for t in (m.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var): t.data.uniform_(.5, 2)
-    with torch.no_grad():
-        for c in range(6): channel(m, c).fill_(.01 if c in weak else 1.)  # the weak half is pruned
-    Sparsifier(net, 'filter').prune(.5)
-    out = net(torch.rand(2, m.in_channels, *[8]*(m.weight.dim()-2))).flatten(2)
-    assert [c for c in range(6) if not out[:, c].any()] == weak
-    assert [c for c in range(6) if not channel(m, c).any()] == weak
-
-
-def test_pruned_channel_stays_zero():
-    "The channel is zero again when `apply` or `prune` follows a training step that changed bias and batch norm"
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    sp = Sparsifier(net, 'filter')
-    sp.prune(.5)
-    pruned = [c for c in range(4) if not net[0].weight[c].any()]
-    for again in (sp.apply, lambda: sp.prune(.5)):
-        for p in net.parameters(): p.data.add_(1.)
-        again()
-        out = net.eval()(torch.randn(2, 3, 8, 8))
-        assert len(pruned) == 2 and [c for c in range(4) if not out[:, c].any()] == pruned
-
-
-@pytest.mark.parametrize('granularity', ['weight', 'kernel', 'shared_kernel'])
-def test_only_filters_zero_bias_and_batchnorm(granularity):
-    "Bias and batch norm are zeroed only with granularity `filter`, not if all parts of a filter happen to be pruned"
-    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    before = [p.clone() for p in (net[0].bias, net[1].weight, net[1].bias)]
-    Sparsifier(net, granularity).prune(.5)
-    assert all(torch.equal(*o) for o in zip(before, (net[0].bias, net[1].weight, net[1].bias)))
 
 
 def test_container_misspelled():
