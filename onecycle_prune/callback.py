@@ -11,13 +11,15 @@ __all__ = ['epoch_size', 'SparsifyCallback']
 
 # %% ../nbs/08_callback.ipynb #5c6a94dd
 import math
+from contextlib import suppress
 from fastai.callback.training import ShortEpochCallback
 from fastai.learner import Callback, CancelFitException, Learner, Recorder, SkipToEpoch
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import store_attr
 from pathlib import Path
 from warnings import warn
 from ._utils import explain_arguments
+from .batchnorm import LatestBatches, check_n_batches
 from .checkpoint import (Override, load_memory, note_pruned, restore_methods, save_memory,
     warn_of_best, weights_hash)
 from .criteria import get_criteria
@@ -55,7 +57,9 @@ class SparsifyCallback(Callback):
         # When: a name in `schedules`, or a function of position to progress, both in [0, 1], such as `SchedCos(0, 1)`
         schedule='one_cycle',
         # Classes, names, modules, or a function of a module to bool; by default all convolutions and linear layers
-        layers=None
+        layers=None,
+        # Batches that batch-norm statistics are estimated from, before each validation and at the end; 0: never
+        bn_batches:int=12
     ):
         "Raises `ValueError` if an argument is not one of these, with the allowed ones and the nearest right word"
         # The sparsifier checks these again. A mistake raises here, before any training.
@@ -65,6 +69,7 @@ class SparsifyCallback(Callback):
         check_layers(layers)
         sparsity = check_sparsity(sparsity, groups.sparsity)
         schedule = get_schedule(schedule)
+        check_n_batches(bn_batches)
         store_attr()
 
     def __repr__(self):
@@ -87,6 +92,8 @@ class SparsifyCallback(Callback):
         # `validate` and `get_preds`, which lock the learner, are no training either.
         if self.run and not self.learn.lock.locked(): self._begin()
 
+    def before_batch(self): self.latest_batches.keep(self.model, self.xb)
+
     def after_step(self):
         "Prune to the sparsity of the schedule at the end of this batch"
         size = epoch_size(self.learn)
@@ -97,7 +104,9 @@ class SparsifyCallback(Callback):
     # A batch that is cancelled before its step still takes its share of the schedule.
     def after_cancel_batch(self): self.after_step()
 
-    def before_train(self): self.cancelled = False
+    def before_train(self):
+        self.cancelled = False
+        self.latest_batches.start_epoch()
 
     def after_cancel_train(self): self.cancelled = True
 
@@ -105,6 +114,12 @@ class SparsifyCallback(Callback):
         "Reach the end of the schedule even if there are fewer batches than the data has by its length"
         unfinished = self.sparsities and self.pos < 1 and not self.cancelled
         if self.epoch==self.n_epoch-1 and unfinished: self.sparsities[-1] = self._prune_to(1., self.pos)
+        self._estimate_batchnorms()
+
+    # `after_train` does not follow these.
+    def after_cancel_epoch(self): self._estimate_batchnorms(all_kept=True)
+
+    def after_cancel_fit(self): self._estimate_batchnorms(all_kept=True)
 
     def after_validate(self):
         "Write the column: the fraction of the groups that are pruned"
@@ -129,6 +144,12 @@ class SparsifyCallback(Callback):
         if not isinstance(sparsity, dict): return self.sparsifier.prune(progress*sparsity)
         return self.sparsifier.prune({k: progress*s for k,s in sparsity.items()})
 
+    def _estimate_batchnorms(self, all_kept=False):
+        "Estimate the batch-norm statistics for the weights that are left, once pruning has begun"
+        if not self.sparsifier or not any(self.sparsities): return
+        self.sparsifier.apply() # a batch that was interrupted may have changed pruned weights
+        self.latest_batches.estimate(self.model, all_kept)
+
     def _begin(self):
         sparsifier = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers)
         self._raise_if_overlap(sparsifier)
@@ -138,6 +159,7 @@ class SparsifyCallback(Callback):
         start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, start) if start else {}
         self.sparsifier = sparsifier
+        self.latest_batches = LatestBatches(self.model, self.bn_batches)
         self.pos = 0.
         Override(self, '_with_events', self._guard)
         if sparsifier.state_dict()['memory']: Override(self, 'save', self._save)
@@ -151,6 +173,9 @@ class SparsifyCallback(Callback):
         try: with_events(do, event_type, *args)
         except CancelFitException: raise # `after_fit` follows
         except BaseException: # Ctrl-C too
+            # The error that ended the training counts, and another process may have none.
+            with suppress(Exception):
+                if num_distrib() < 2: self._estimate_batchnorms(all_kept=True)
             self._end()
             raise
 
@@ -165,6 +190,7 @@ class SparsifyCallback(Callback):
         "Leave the model pruned, and the learner as it was"
         restore_methods(self.learn)
         self.sparsifier.apply()
+        self.latest_batches = None
         note_pruned(self.learn, list(self.sparsifier.layers))
         if self.sparsities and self.pos < 1:
             warn(f"The training ended early, at a sparsity of {self.sparsities[-1]:.4g}, before its schedule did.")
