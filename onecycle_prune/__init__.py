@@ -1,5 +1,6 @@
 """Modules:
 
+- `onecycle_prune.batchnorm`: Batch-norm statistics that belong to the weights that are left
 - `onecycle_prune.callback`: Pruning in the batches of a fastai training
 - `onecycle_prune.checkpoint`: What a checkpoint does not hold
 - `onecycle_prune.criteria`: A score for each weight: how important it is

@@ -1,4 +1,5 @@
 "The names that a script needs: `from onecycle_prune.all import *`, next to fastai's own `all`"
+from .batchnorm import estimate_batchnorms
 from .callback import SparsifyCallback
 from .criteria import (Criteria, criteria, get_criteria, large_final, large_init, large_init_large_final,
     magnitude_increase, movement, small_final, taylor, updating_movement)
@@ -11,7 +12,7 @@ from .sparsifier import Sparsifier
 
 # `cos`, `lin`, `conv`, `linear` and `random` stay in their modules, because scripts use these names for other things.
 __all__ = ['Criteria', 'SchedAGP', 'SchedDSD', 'SchedIterative', 'SchedOneCycle', 'SchedOneShot', 'Schedule',
-    'Sparsifier', 'SparsifyCallback', 'agp', 'criteria', 'dsd', 'get_criteria', 'get_schedule', 'granularities',
-    'iterative', 'large_final', 'large_init', 'large_init_large_final', 'magnitude_increase', 'movement', 'one_cycle',
-    'one_shot', 'plot_layers', 'plot_schedules', 'sched_agp', 'sched_dsd', 'sched_iterative', 'sched_onecycle',
-    'sched_oneshot', 'schedules', 'small_final', 'sparsity_report', 'taylor', 'updating_movement']
+    'Sparsifier', 'SparsifyCallback', 'agp', 'criteria', 'dsd', 'estimate_batchnorms', 'get_criteria', 'get_schedule',
+    'granularities', 'iterative', 'large_final', 'large_init', 'large_init_large_final', 'magnitude_increase',
+    'movement', 'one_cycle', 'one_shot', 'plot_layers', 'plot_schedules', 'sched_agp', 'sched_dsd', 'sched_iterative',
+    'sched_onecycle', 'sched_oneshot', 'schedules', 'small_final', 'sparsity_report', 'taylor', 'updating_movement']

@@ -11,13 +11,15 @@ __all__ = ['epoch_size', 'SparsifyCallback']
 
 # %% ../nbs/08_callback.ipynb #5c6a94dd
 import math
+from contextlib import suppress
 from fastai.callback.training import ShortEpochCallback
 from fastai.learner import Callback, CancelFitException, Learner, Recorder, SkipToEpoch
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import store_attr
 from pathlib import Path
 from warnings import warn
 from ._utils import explain_arguments
+from .batchnorm import LatestBatches, check_n_batches
 from .checkpoint import load_memory, save_memory, weights_hash
 from .criteria import get_criteria
 from .granularity import get_granularity
@@ -56,7 +58,9 @@ class SparsifyCallback(Callback):
         # When: a name in `schedules`, or a function of position to progress, both in [0, 1], such as `SchedCos(0, 1)`
         schedule='one_cycle',
         # Classes, names, modules, or a function of a module to bool; by default all convolutions and linear layers
-        layers=None
+        layers=None,
+        # Batches that batch-norm statistics are estimated from, before each validation and at the end; 0: never
+        bn_batches:int=12
     ):
         "Raises `ValueError` if an argument is not one of these, with the allowed ones and the nearest right word"
         # The sparsifier checks these again. A mistake raises here, before any training.
@@ -66,6 +70,7 @@ class SparsifyCallback(Callback):
         check_layers(layers)
         sparsity = check_sparsity(sparsity, groups.sparsity)
         schedule = get_schedule(schedule)
+        check_n_batches(bn_batches)
         store_attr()
 
     def __repr__(self):
@@ -88,6 +93,8 @@ class SparsifyCallback(Callback):
         # `validate` and `get_preds`, which lock the learner, are no training either.
         if self.run and not self.learn.lock.locked(): self._begin()
 
+    def before_batch(self): self.latest_batches.keep(self.model, self.xb)
+
     # A step may be cancelled before it is made, as by a gradient scaler. fastai calls `after_step` all the same.
     def before_step(self): self.is_stepping = True
 
@@ -107,16 +114,24 @@ class SparsifyCallback(Callback):
     # A batch without a step changes no mask: accumulated, skipped or cancelled. The next step prunes its share too.
     def after_batch(self): self.sparsities.append(self.current)
 
-    def before_train(self): self.cancelled = self.is_stepping = False
+    def before_train(self):
+        self.cancelled = self.is_stepping = False
+        self.latest_batches.start_epoch()
 
     def after_cancel_train(self): self.cancelled = True
 
     def after_train(self):
         "Reach the end of the schedule even if the last batches made no step, or there are fewer than announced"
-        if self.epoch < self.n_epoch-1 or not self.sparsities or self.cancelled: return
-        if self.pos==1 and not self.sparsifier.n_missing: return
-        self.sparsifier.ignore_steps() # there is no new one
-        self.sparsities[-1] = self.current = self._prune_to(1.)
+        is_last = self.epoch==self.n_epoch-1 and self.sparsities and not self.cancelled
+        if is_last and (self.pos < 1 or self.sparsifier.n_missing):
+            self.sparsifier.ignore_steps() # there is no new one
+            self.sparsities[-1] = self.current = self._prune_to(1.)
+        self._estimate_batchnorms()
+
+    # `after_train` does not follow these.
+    def after_cancel_epoch(self): self._estimate_batchnorms(all_kept=True)
+
+    def after_cancel_fit(self): self._estimate_batchnorms(all_kept=True)
 
     def after_validate(self):
         "Write the column: the fraction of the groups that are pruned"
@@ -138,6 +153,12 @@ class SparsifyCallback(Callback):
         if not isinstance(sparsity, dict): return self.sparsifier.prune(progress*sparsity)
         return self.sparsifier.prune({k: progress*s for k,s in sparsity.items()})
 
+    def _estimate_batchnorms(self, all_kept=False):
+        "Estimate the batch-norm statistics for the weights that are left, once pruning has begun"
+        if not self.sparsifier or not any(self.sparsities): return
+        self.sparsifier.apply() # a batch that was interrupted may have changed pruned weights
+        self.latest_batches.estimate(self.model, all_kept)
+
     def _begin(self):
         sparsifier = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers)
         self._raise_if_overlap(sparsifier)
@@ -147,8 +168,10 @@ class SparsifyCallback(Callback):
         start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, start) if start else {}
         self.sparsifier = sparsifier
+        self.latest_batches = LatestBatches(self.model, self.bn_batches)
         self.pos = start/self.n_epoch
-        self.current = 0. # the fraction of the groups that are pruned
+        # The fraction of the groups that are pruned.
+        self.current = sum(p.count() for p in sparsifier.pools) / max(1, sum(p.n_groups for p in sparsifier.pools))
         self.keeper = KeepPruned(sparsifier, self._end)
         self.learn.add_cb(self.keeper)
         if not hasattr(self.learn, 'pruned_before'): self.learn.add_cb(PrunedBefore)
@@ -164,6 +187,9 @@ class SparsifyCallback(Callback):
         try: with_events(do, event_type, *args)
         except CancelFitException: raise # `after_fit` follows
         except BaseException: # Ctrl-C too
+            # The error that ended the training counts, and another process may have none.
+            with suppress(Exception):
+                if num_distrib() < 2: self._estimate_batchnorms(all_kept=True)
             self.keeper.finish()
             self._end()
             raise
@@ -182,6 +208,7 @@ class SparsifyCallback(Callback):
         self.learn.remove_cb(self.keeper)
         self.keeper = None
         self.sparsifier.release()
+        self.latest_batches = None
         if self.sparsities and self.pos < 1:
             warn(f"The training ended early, at a sparsity of {self.sparsities[-1]:.4g}, before its schedule did.")
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 groups = {
     'Tutorials': 'tutorials/*.ipynb',
     'How-to': 'howto/*.ipynb',
-    'Reference': '0[1-9]_*.ipynb',
+    'Reference': '[01][1-9]_*.ipynb',
     'Reference: selection': 'select/*.ipynb',
     'Reference: deployment': 'deploy/*.ipynb',
     'Reference: experiments': 'experiments/*.ipynb',

@@ -41,6 +41,7 @@ class Run:
     lr:float # Highest learning rate
     bf16:bool # Whether to train in mixed precision with bfloat16
     channels_last:bool # Whether to use the memory layout that GPUs prefer
+    bn_batches:int # Batches that batch-norm statistics are estimated from; 0 for running statistics, and if dense
 
     @property
     def is_dense(self)->bool: return self.schedule=='dense'
@@ -53,7 +54,8 @@ class Run:
     def callback(self)->SparsifyCallback:
         "The callback that prunes, or None if dense"
         if self.is_dense: return None
-        return SparsifyCallback(self.sparsity, context=self.context, criteria=self.criteria, schedule=self.schedule)
+        return SparsifyCallback(self.sparsity, context=self.context, criteria=self.criteria, schedule=self.schedule,
+            bn_batches=self.bn_batches)
 
 # %% ../../nbs/experiments/33_grid.ipynb #78fb831f
 def check_run(
@@ -121,12 +123,14 @@ def grid(
     seeds:list[int], # A training from each
     images:int=None, # For all runs, as in `Run`
     size:int=None, # Height and width of the images; the source's own by default
+    bn_batches:int=12, # For all pruned runs, as in `Run`
     **kwargs # The other settings of `Run`, for all runs
 )->list[Run]: # Ordered by seed, so that an interrupted grid is a whole experiment on fewer seeds
     "All trainings; each dense one is there once"
     def _run(seed, n_epochs, source, arch, schedule, *pruning):
+        how = kwargs | dict(bn_batches=0 if schedule=='dense' else bn_batches)
         if schedule=='dense': pruning = (0., '', '')
-        return Run(arch, source, images, size or get_source(source).size, n_epochs, seed, schedule, *pruning, **kwargs)
+        return Run(arch, source, images, size or get_source(source).size, n_epochs, seed, schedule, *pruning, **how)
     axes = seeds, epochs, data, archs, schedules, sparsities, contexts, criteria
     return list(dict.fromkeys(_run(*point) for point in itertools.product(*axes)))
 
@@ -209,6 +213,7 @@ def compare(
     bs:int=64, # Images a batch
     lr:float=.01, # Highest learning rate
     bf16:store_true=False, # Train in mixed precision with bfloat16
+    bn_batches:int=12, # Batches that batch-norm statistics are estimated from; 0 for running statistics
     channels_last:store_true=False, # Train in the memory layout that GPUs prefer
     out:Path=None, # File of records, results/compare_cpu.jsonl or results/compare_cuda.jsonl by default
     part:str='1/1', # Do a part of the grid, such as 1/2 or 2/2
@@ -222,7 +227,7 @@ def compare(
     try:
         runs = grid(_parse(archs), _parse(data), _parse(sparsities, float), _parse(schedules), _parse(contexts),
             _parse(criteria), _parse(epochs, int), _parse(seeds, int), images, size,
-            bs=bs, lr=lr, bf16=bf16, channels_last=channels_last)
+            bs=bs, lr=lr, bf16=bf16, channels_last=channels_last, bn_batches=bn_batches)
         # A mistake does not depend on the seed.
         for run in dict.fromkeys(replace(run, seed=0) for run in runs): check_run(run)
         todo = remaining(_take_part(runs, part), read_records(out), again)

@@ -12,7 +12,7 @@ from onecycle_prune.experiments.records import append_record, read_records
 from onecycle_prune.report import sparsity_report
 
 run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0,
-    'one_cycle', .9, 'local', 'large_final', 20, 3e-3, False, False)
+    'one_cycle', .9, 'local', 'large_final', 20, 3e-3, False, False, 12)
 args = ('--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 '
         '--seeds 0,1').split()
 # The script that pip writes for an entry of console_scripts
