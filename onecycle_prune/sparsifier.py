@@ -199,6 +199,7 @@ class Sparsifier:
         named = {n: tensors.get(self.parameter_names[n]) for n in self.layers}
         return {n: t for n,t in named.items() if t is not None and t.shape==self.layers[n].weight.shape}
 
+    @torch.no_grad()
     def observe(self,
         model, # The model
         args:tuple, # Inputs of a forward pass
@@ -209,23 +210,25 @@ class Sparsifier:
         The first forward pass after the sparsifier was built is observed without a call of this method. Raises
         `ValueError` if pruned weights would have no effect in a layer."""
         model = unwrap_model(model)
-        try: calls = record_calls(model, args, kwargs)
-        except Exception as e: # it is the user's forward pass, which raises its own errors
+        is_filter = self.granularity.name=='filter'
+        try:
+            calls = record_calls(model, args, kwargs)
+            computed = computed_weights(calls, {n: m.weight for n,m in self.chosen.items()})
+            sizes = {n: p.numel() for n,p in self.pruned.items()}
+            tensors,not_silent = filter_tensors(calls, model, self.chosen, sizes) if is_filter else ({}, [])
+        except Exception as e: # the user's training goes on
             warn(f"The model could not be observed ({type(e).__name__}: {e}), so norms after filters are not pruned.")
             return
-        computed = computed_weights(calls, {n: m.weight for n,m in self.chosen.items()})
         if computed:
             kinds = sorted({type(self.chosen[n]).__name__ for n in computed})
             raise ValueError(f"These layers compute with another tensor than their weight, as with weight "
                              f"standardization, so pruned weights would have no effect: {', '.join(computed)}. "
                              f"Leave them out: layers=lambda m: type(m).__name__ not in {kinds}")
-        if self.granularity.name!='filter': return
-        sizes = {n: p.numel() for n,p in self.pruned.items()}
-        self.filter_tensors,not_silent = filter_tensors(calls, model, self.chosen, sizes)
         if not_silent:
-            warn(f"Pruned filters of these layers are not silent: {', '.join(not_silent)}. A norm after them mixes their "
-                 "channels with others, or belongs to several layers, so its output is not zero where a filter is.")
-        self.apply()
+            warn(f"Pruned filters of these layers are not silent: {', '.join(not_silent)}. A norm after them mixes "
+                 "channels, or belongs to several layers, so its output is not zero where a filter is.")
+        self.filter_tensors = tensors
+        for n in tensors: self._zero(n) # filters that are pruned already
 
     def release(self):
         "Hold the model weakly from now on, so that the sparsifier does not keep it alive"
@@ -339,8 +342,9 @@ class Sparsifier:
         left_alone = set(self.layers) - with_gradient(self.layers)
         if len(left_alone)==len(self.layers): return set() # the criterion raises its error
         if left_alone and not self.was_left_alone:
-            warn(f"These layers had no gradient in a step, so {self._criterion_name!r} could not rank them: "
-                 f"{', '.join(n for n in self.layers if n in left_alone)}. Their masks stay as they are in such a step.")
+            names = ', '.join(n for n in self.layers if n in left_alone)
+            warn(f"These layers had no gradient in a step, so {self._criterion_name!r} could not rank them: {names}. "
+                 "Their masks stay as they are in such a step.")
         self.was_left_alone |= left_alone
         return left_alone
 
@@ -373,8 +377,8 @@ class Sparsifier:
             if isinstance(n, torch.Tensor): is_large = ~self._finite.answer(('ties', *pool.pruned), ~is_large)
             if not is_large: continue
             self.has_warned_of_ties = True
-            warn(f"{self._criterion_name!r} gives {int(n)} of {pool.n_groups} groups the same score, and only the first "
-                 f"{problem.n_prune} of them or fewer are pruned, by their index: {', '.join(pool.pruned)}.")
+            warn(f"{self._criterion_name!r} gives {int(n)} of {pool.n_groups} groups the same score. Of these, the first "
+                 f"ones are pruned, which is no order of importance: {', '.join(pool.pruned)}.")
             return
 
     def _scores(self, name):

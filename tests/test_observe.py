@@ -467,6 +467,14 @@ class StdConv2d(nn.Conv2d):
         return F.conv2d(x, w.reshape_as(self.weight), self.bias, self.stride, self.padding)
 
 
+class Orthogonal(nn.Conv2d):
+    "Newton-Schulz steps, each of which takes a tensor three times"
+    def forward(self, x):
+        w = self.weight.flatten(1)
+        for _ in range(20): w = 1.5*w - .5*w @ w.t() @ w
+        return F.conv2d(x, w.view_as(self.weight))
+
+
 class MeanFree(nn.Conv2d):
     def forward(self, x): return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
@@ -499,6 +507,8 @@ class TestComputedWeights:
     "Weights that are not used as they are"
 
     @pytest.mark.parametrize('make,x', [(lambda: StdConv2d(3, 4, 3), torch.randn(2, 3, 8, 8)),
+        (lambda: StdConv2d(3, 4, 3).to(memory_format=torch.channels_last), torch.randn(2, 3, 8, 8)),
+        (lambda: Orthogonal(3, 8, 3), torch.randn(2, 3, 8, 8)),
         (lambda: MeanFree(3, 4, 3), torch.randn(2, 3, 8, 8)), (lambda: MeanFreeLinear(8, 4), torch.randn(2, 8)),
         (lambda: Softmaxed(8, 4), torch.randn(2, 8))])
     def test_refused(self, make, x):
