@@ -377,8 +377,8 @@ class Sparsifier:
             if isinstance(n, torch.Tensor): is_large = ~self._finite.answer(('ties', *pool.pruned), ~is_large)
             if not is_large: continue
             self.has_warned_of_ties = True
-            warn(f"{self._criterion_name!r} gives {int(n)} of {pool.n_groups} groups the same score. Of these, the first "
-                 f"ones are pruned, which is no order of importance: {', '.join(pool.pruned)}.")
+            warn(f"{self._criterion_name!r} gives {int(n)} of {pool.n_groups} groups the same score. Of these, "
+                 f"the first are pruned, which is no order of importance: {', '.join(pool.pruned)}.")
             return
 
     def _scores(self, name):
