@@ -103,14 +103,14 @@ def test_check_layers(layers): assert check_layers(layers) is None
 
 
 @pytest.mark.parametrize('layers,message', [
-    (nn.BatchNorm2d, 'BatchNorm2d is not a class'), (nn.LSTM, 'LSTM is not a class'),
-    (nn.Embedding, 'Embedding is not a class'),
+    (nn.BatchNorm2d, 'BatchNorm2d is not a class'), (nn.Transformer, 'Transformer is not a class'),
+    (nn.LayerNorm, 'LayerNorm is not a class'),
     (nn.MultiheadAttention, 'MultiheadAttention is not a class'), (Net, 'Net is not a class'),
     (int, 'int is not a class'), (nn.Module, 'Module is not a class'), (3, 'Unknown layers: 3'),
     (True, 'Unknown layers: True'), ({}, r'layers: \{\}'),
     ({nn.Conv2d: 1}, 'Unknown layers: '), (.5, r'Unknown layers: 0\.5'), ([None], 'Unknown layers: None'),
-    ([nn.Conv2d, nn.LSTM], 'LSTM is not a class'), ([['head', 3]], 'Unknown layers: 3'),
-    ((conv, nn.GRU), 'GRU is not a class')])
+    ([nn.Conv2d, nn.ReLU], 'ReLU is not a class'), ([['head', 3]], 'Unknown layers: 3'),
+    ((conv, nn.Flatten), 'Flatten is not a class')])
 def test_check_layers_wrong(layers, message):
     "What cannot choose layers of any model is answered with what can, without a model"
     allowed = r'Allowed: Conv1d, .*Linear, or a name, a module, or a function of a module\.$'
