@@ -206,7 +206,7 @@ def _raise_unknown_name(name, named):
     hints = {name.lower(): f'the class nn.{name}' for name in _class_names}
     raise_unknown('layer', name, containers|named, hints=hints)
 
-# %% ../nbs/04_layers.ipynb #4960509f
+# %% ../nbs/04_layers.ipynb #3504a523
 _dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def why_opaque(
@@ -226,7 +226,7 @@ def why_unfit(
     w:torch.Tensor # A weight
 )->str: # The reason in words; empty if it can be pruned
     "Why `w` cannot be pruned in place"
-    if why_opaque(w): return why_opaque(w)
+    if reason := why_opaque(w): return reason
     if w.dtype not in _dtypes:
         return f"has the type {w.dtype}: use one of {', '.join(str(d).removeprefix('torch.') for d in _dtypes)}"
     if w.is_inference(): return 'was made in inference mode: make the model outside `torch.inference_mode()`'
@@ -245,10 +245,11 @@ def _check_not_flat(model):
 def _why_layer_unfit(m, granularity)->str:
     "Why the layer `m` cannot be pruned as asked; empty if it can"
     if is_reparametrized(m) or not isinstance(m.weight, nn.Parameter):
-        return ('computes its weight from other tensors, so pruned weights would return: '
-                'remove its parametrization first')
-    reason = granularity.why_unsupported(m)
-    return f'cannot be pruned so: {reason}' if reason else why_unfit(m.weight)
+        return ('computes its weight from other tensors, so pruned weights would return. '
+                'Remove its parametrization first')
+    if reason := why_opaque(m.weight): return reason
+    if reason := granularity.why_unsupported(m): return f'cannot be pruned so: {reason}'
+    return why_unfit(m.weight)
 
 def _check_chosen(chosen, default, granularity):
     "Raise `ValueError` with all layers that cannot be pruned as asked, and with `layers` that leave them out"
@@ -264,13 +265,13 @@ def _check_chosen(chosen, default, granularity):
 def _advice(chosen, reasons, default, granularity)->str:
     "The shortest `layers` that choose those of `chosen` that can be pruned"
     fit = [n for n in chosen if not reasons[n]]
-    if not fit: return 'No other layer is chosen.'
+    if not fit: return 'No other layer was chosen.'
     names = _containers(fit, default)
+    # If only a pattern is the reason, a short function may choose the same layers of a long model.
     m = getattr(granularity, 'm', None)
-    by_inputs = [n for n,layer in chosen.items() if m and 'computes' not in reasons[n]
-                 and granularity.supports(layer) and not granularity.why_unsupported(layer)]
-    if len(names) > 8 and by_inputs==fit and set(chosen)==set(default):
-        return f'To leave them out, use layers=lambda m: m.weight.shape[1] % {m} == 0.'
+    if len(names) > 8 and set(chosen)==set(default) and all('do not divide' in r for r in reasons.values() if r):
+        if fit==[n for n,layer in chosen.items() if layer.weight.shape[1] % m == 0]:
+            return f'To leave them out, use layers=lambda m: m.weight.shape[1] % {m} == 0.'
     return f'To leave {"it" if sum(map(bool, reasons.values()))==1 else "them"} out, use layers={names!r}.'
 
 def _containers(names, default)->list[str]:
