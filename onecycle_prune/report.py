@@ -11,26 +11,44 @@ __all__ = ['sparsity_report', 'plot_layers']
 
 # %% ../nbs/09_report.ipynb #e4f24269
 import pandas as pd, torch
+from collections.abc import Iterator
 from fastcore.basics import patch
 from fastai.learner import Recorder
 from torch import nn
-from .layers import is_reparametrized, weight_owner, prunable
+from torch.nn.utils.parametrize import is_parametrized
+from warnings import warn
+from .layers import is_reparametrized, kind_name, prunable, unwrap_model, weight_owner, why_opaque
 
 # %% ../nbs/09_report.ipynb #45e8cd4b
 def sparsity_report(
     model # A model or a `Learner`, also in `DataParallel`, `DistributedDataParallel` or `torch.compile`
-)->pd.DataFrame: # Columns layer, kind, shape, weights, zeros and sparsity in [0, 1]; the last row is the total
-    """Count the weights that are exactly zero in each convolution and linear layer. \
-Biases and batch norms are not counted. \
+)->pd.DataFrame: # Columns layer, kind, shape, weights, zeros and sparsity in [0, 1]
+    """Count the weights that are exactly zero: in each layer that is pruned by default, in all of them ('total'), in \
+all other parameters by kind ('not a layer'), and in the whole model ('model'). Shared parameters are counted once. \
+Warns of tensors that cannot be counted. \
 Raises `ValueError` if `model` is no model, or if a lazy layer has no weights yet."""
-    weights = {n: (m, _read_weight(m)) for n,m in prunable(model).items()}
-    rows = [(n, type(m).__name__, '×'.join(map(str, w.shape)), w.numel(), int((w==0).count_nonzero()))
-            for n,(m,w) in weights.items()]
+    layers = {n: (m, _read_weight(m)) for n,m in prunable(model).items()}
+    opaque = [n for n,(_,w) in layers.items() if why_opaque(w)]
+    layers = {n: o for n,o in layers.items() if n not in opaque}
+    rows = [(n, kind_name(m), '×'.join(map(str, w.shape)), w.numel(), _n_zeros(w)) for n,(m,w) in layers.items()]
+    rows.append(('total', '', '', *_sums(rows)))
+    others = {}
+    for n,kind,p in _other_parameters(model):
+        if why_opaque(p): opaque.append(n)
+        else: others.setdefault(kind, []).append((p.numel(), _n_zeros(p)))
+    not_layers = [('not a layer', kind, '', *_sums(counts)) for kind,counts in others.items()]
+    rows += not_layers + [('model', '', '', *_sums([rows[-1], *not_layers]))]
+    if opaque: warn(f"Tensors that cannot be counted are not in the report: {', '.join(opaque)}.")
     df = pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'weights', 'zeros'])
-    df.loc[len(df)] = ['total', '', '', df.weights.sum(), df.zeros.sum()]
     # Without weights, the sparsity would be 0/0.
     df['sparsity'] = (df.zeros / df.weights.where(df.weights>0)).astype(float).fillna(0.)
     return df
+
+def _n_zeros(w:torch.Tensor)->int: return int((w==0).count_nonzero())
+
+def _sums(rows)->tuple[int,int]:
+    "The sums of the last two columns: weights and zeros"
+    return sum(r[-2] for r in rows),sum(r[-1] for r in rows)
 
 def _read_weight(m:nn.Module)->torch.Tensor:
     "The weight of `m`; a computed weight is read in evaluation mode, in which reading does not change it"
@@ -42,6 +60,26 @@ def _read_weight(m:nn.Module)->torch.Tensor:
         return m.weight
     finally: module.train(training)
 
+def _other_parameters(model)->Iterator[tuple[str,str,nn.Parameter]]:
+    "Name, kind and parameter of all that is no weight of a layer; a computed weight stands for its sources"
+    layers = prunable(model).values()
+    model = unwrap_model(model)
+    owners = [weight_owner(m) for m in layers]
+    seen = {id(m.weight) for m in layers if not is_reparametrized(m)}
+    seen |= {id(p) for owner,name in owners for p in _sources(owner, name)}
+    holders = {id(owner) for owner,_ in owners}
+    for prefix,m in model.named_modules():
+        for k,p in m._parameters.items():
+            if p is None or id(p) in seen: continue
+            seen.add(id(p))
+            yield f'{prefix}.{k}'.lstrip('.'),'bias' if id(m) in holders and 'bias' in k else type(m).__name__,p
+
+def _sources(owner, name)->list[nn.Parameter]:
+    "The parameters that the weight `name` of a module is computed from; empty for an ordinary weight"
+    if is_parametrized(owner, name): return list(owner.parametrizations[name].parameters())
+    if name in owner._parameters: return []
+    return [p for k,p in owner._parameters.items() if p is not None and k.startswith(f'{name}_')]
+
 # %% ../nbs/09_report.ipynb #0e91208c
 def plot_layers(
     model, # A model or a `Learner`, or {label: model or `Learner`} to compare several of one architecture
@@ -52,7 +90,8 @@ Raises `ValueError` if there is no such layer, or if `model` is no model."""
     models = model if isinstance(model, dict) else {'': model}
     if not any(map(prunable, models.values())):
         raise ValueError('Nothing to draw: the model has no convolution and no linear layer.')
-    df = pd.DataFrame({label: sparsity_report(m)[:-1].set_index('layer').sparsity for label,m in models.items()})
+    reports = {label: sparsity_report(m).set_index('layer') for label,m in models.items()}
+    df = pd.DataFrame({label: report.sparsity[report['shape']!=''] for label,report in reports.items()})
     size = None if ax else (6, 1 + .25*len(df)*len(models)**.5)
     ax = df.plot.barh(ax=ax, width=.8, legend=False, figsize=size)
     if len(models)>1: ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(models)) # above the bars

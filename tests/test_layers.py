@@ -1,15 +1,20 @@
 "The layers that are chosen agree with lists written by hand."
+import re, warnings
 from collections import OrderedDict
 
 import pytest, torch
+from fastai.basics import DataLoader, DataLoaders
+from fastai.vision.all import unet_learner
+from fastai.vision.gan import gan_critic
 from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune
 from torchvision import models
 
-from helpers import assert_same, bits
+from helpers import assert_same, bits, run_python
 from networks import tiny_net
 from onecycle_prune.granularity import conv, get_granularity, linear
 from onecycle_prune.layers import check_layers, choose, describe_layers, match, prunable, unwrap_model
+from onecycle_prune.report import sparsity_report
 from onecycle_prune.sparsifier import Sparsifier
 
 
@@ -101,14 +106,14 @@ def test_check_layers(layers): assert check_layers(layers) is None
 
 
 @pytest.mark.parametrize('layers,message', [
-    (nn.BatchNorm2d, 'BatchNorm2d is not a class'), (nn.LSTM, 'LSTM is not a class'),
-    (nn.Embedding, 'Embedding is not a class'),
+    (nn.BatchNorm2d, 'BatchNorm2d is not a class'), (nn.Transformer, 'Transformer is not a class'),
+    (nn.LayerNorm, 'LayerNorm is not a class'),
     (nn.MultiheadAttention, 'MultiheadAttention is not a class'), (Net, 'Net is not a class'),
     (int, 'int is not a class'), (nn.Module, 'Module is not a class'), (3, 'Unknown layers: 3'),
     (True, 'Unknown layers: True'), ({}, r'layers: \{\}'),
     ({nn.Conv2d: 1}, 'Unknown layers: '), (.5, r'Unknown layers: 0\.5'), ([None], 'Unknown layers: None'),
-    ([nn.Conv2d, nn.LSTM], 'LSTM is not a class'), ([['head', 3]], 'Unknown layers: 3'),
-    ((conv, nn.GRU), 'GRU is not a class')])
+    ([nn.Conv2d, nn.ReLU], 'ReLU is not a class'), ([['head', 3]], 'Unknown layers: 3'),
+    ((conv, nn.Flatten), 'Flatten is not a class')])
 def test_check_layers_wrong(layers, message):
     "What cannot choose layers of any model is answered with what can, without a model"
     allowed = r'Allowed: Conv1d, .*Linear, or a name, a module, or a function of a module\.$'
@@ -253,6 +258,187 @@ def test_not_finite(value):
     net = Net()
     net.head.weight.data[0, 0] = value
     with pytest.raises(ValueError, match=r"'head' \(Linear\) has NaN or infinite"): chosen(net, (conv, linear))
+
+
+# Weights that cannot be pruned
+
+class Packed(torch.Tensor):
+    "A tensor that stores its values in its own way, as those of quantization libraries do"
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+    def __init__(self, inner): self.inner = inner
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default: return cls(args[0].inner)
+        raise NotImplementedError(f'{func}')
+
+
+def linear_with(weight):
+    m = nn.Linear(4, 4)
+    m.weight = nn.Parameter(weight, requires_grad=False)
+    return m
+
+
+def made_in_inference_mode():
+    with torch.inference_mode(): return nn.Linear(4, 4)
+
+
+unfit = dict(
+    meta=(lambda: nn.Linear(4, 4, device='meta'), 'meta device'),
+    float8=(lambda: linear_with(torch.randn(4, 4).to(torch.float8_e4m3fn)), 'float8_e4m3fn: use one of float16'),
+    float8_e5m2=(lambda: linear_with(torch.randn(4, 4).to(torch.float8_e5m2)), 'float8_e5m2: use one of float16'),
+    complex64=(lambda: nn.Linear(4, 4, dtype=torch.complex64), 'complex64: use one of'),
+    complex128=(lambda: nn.Conv2d(4, 4, 1, dtype=torch.complex128), 'complex128: use one of'),
+    int8=(lambda: linear_with(torch.ones(4, 4, dtype=torch.int8)), 'int8: use one of'),
+    csr=(lambda: linear_with(torch.eye(4).to_sparse_csr()), r'layout torch.sparse_csr: convert it with `to_dense'),
+    bsr=(lambda: linear_with(torch.eye(4).to_sparse_bsr((2, 2))), 'layout torch.sparse_bsr'),
+    coo=(lambda: linear_with(torch.eye(4).to_sparse()), 'layout torch.sparse_coo'),
+    inference=(made_in_inference_mode, 'inference mode'),
+    expanded=(lambda: linear_with(torch.randn(4, 1).expand(4, 4)), r'expanded.*clone\(\)'),
+    expanded_rows=(lambda: linear_with(torch.randn(4).expand(4, 4)), 'expanded'),
+    subclass=(lambda: linear_with(Packed(torch.randn(4, 4))), 'is a Packed, not an ordinary tensor: prune before'),
+    nan=(lambda: linear_with(torch.full((4, 4), torch.nan)), 'NaN or infinite'))
+ignore_beta = pytest.mark.filterwarnings('ignore:Sparse')
+
+
+@ignore_beta
+@pytest.mark.parametrize('make,message', unfit.values(), ids=unfit)
+@pytest.mark.parametrize('granularity', ['weight', '2:4'])
+def test_unfit(make, message, granularity):
+    "A weight that is no ordinary tensor is refused by name, and the error says which layers can be pruned"
+    net = nn.ModuleDict(dict(a=nn.Linear(4, 4), b=make()))
+    with pytest.raises(ValueError, match=rf"Layer 'b' \(\w+\).*{message}.*leave it out, use layers=\['a'\]\.$"):
+        chosen(net, None, granularity)
+    assert chosen(net, ['a'], granularity) == ['a']
+
+
+@ignore_beta
+@pytest.mark.parametrize('make,message', unfit.values(), ids=unfit)
+def test_unfit_in_a_report(make, message):
+    "A report counts what it can, and warns of the rest"
+    net = nn.ModuleDict(dict(a=nn.Linear(4, 4, bias=False), b=make()))
+    net['b'].bias = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        report = sparsity_report(net)
+    opaque = any('cannot be counted are not in the report: b.' in str(w.message) for w in caught)
+    assert report.iloc[-1].weights == (16 if opaque else 32)
+    assert opaque == any(word in message for word in ('meta', 'layout', 'Packed'))
+
+
+process_group = '''
+    import os, torch
+    os.environ |= dict(MASTER_ADDR='localhost', MASTER_PORT='0')
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    from torch import nn
+    from onecycle_prune.report import sparsity_report
+    from onecycle_prune.sparsifier import Sparsifier
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+'''
+sharded = dict(
+    fsdp2=('''
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    fully_shard(net, mesh=init_device_mesh('cpu', (1,)))
+    ''', ["layers '0' (", 'is a DTensor', 'DistributedDataParallel works']),
+    tensor_parallel=('''
+    from torch.distributed.tensor import distribute_tensor, Shard
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh('cpu', (1,))
+    net[1].weight = nn.Parameter(distribute_tensor(net[1].weight.detach(), mesh, [Shard(0)]))
+    ''', ["'1' (Linear) is a DTensor", "use layers=['0']"]),
+    fsdp1=('''
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    net = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device('cpu'))
+    ''', ['FullyShardedDataParallel', 'Train with DistributedDataParallel']))
+
+
+@pytest.mark.parametrize('shard,words', sharded.values(), ids=sharded)
+def test_sharded(shard, words):
+    "A sharded model is refused with what works, and a report of it does not fail"
+    run = run_python(process_group + shard + '''
+    try: Sparsifier(net)
+    except ValueError as e: print(e)
+    sparsity_report(net)
+    torch.distributed.destroy_process_group()
+    ''', capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(word in run.stdout for word in words), run.stdout
+
+
+def advice(model, layers=None, granularity='weight'):
+    "The error, and the layers that are chosen if one writes what it advises"
+    with pytest.raises(ValueError) as e: chosen(model, layers, granularity)
+    written = re.search(r'use layers=(.*)\.$', str(e.value))
+    return str(e.value), chosen(model, eval(written[1]), granularity) if written else []
+
+
+def unet():
+    items = [(torch.zeros(3, 32, 32), torch.zeros(32, 32).long())]
+    dls = DataLoaders(DataLoader(items, bs=1), DataLoader(items, bs=1))
+    return unet_learner(dls, models.resnet18, n_out=2, pretrained=False, normalize=False, self_attention=True,
+                        loss_func=nn.CrossEntropyLoss()).model
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_advice_self_attention():
+    "A U-Net with self-attention, whose spectral norms are of the old kind"
+    net = unet()
+    message, rest = advice(net)
+    names = [n for n, m in net.named_modules() if hasattr(m, 'weight_orig')]
+    assert len(names) == 3 and all(f"'{n}' (" in message for n in names) and message.count('computes its weight') == 1
+    assert set(rest) == set(prunable(net)) - set(names) and len(message) < 1000
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_advice_critic():
+    "fastai's critic, in which each layer has a spectral norm: no layer is left to choose"
+    net = gan_critic(nf=8, n_blocks=1)
+    message, _ = advice(net)
+    assert all(f"'{n}'" in message for n in prunable(net)) and message.endswith('No other layer was chosen.')
+
+
+@pytest.mark.parametrize('make,unfit', [
+    (models.resnet18, ['conv1']), (lambda: models.vgg11_bn(num_classes=8), ['features.0']),
+    (lambda: models.mobilenet_v2(width_mult=.5), None), (lambda: models.densenet121(num_classes=4), ['features.conv0']),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.LSTM(3, 8), nn.Linear(8, 8)), ['0', '1.weight_ih_l0'])])
+def test_advice_2_4(make, unfit):
+    "A pattern on a whole network, whose first layer has three inputs"
+    net = make()
+    message, rest = advice(net, granularity='2:4')
+    by_hand = [n for n, m in prunable(net).items() if m.weight.shape[1] % 4]
+    assert by_hand == (unfit or by_hand) and all(f"'{n}' (" in message for n in by_hand)
+    assert rest == [n for n in prunable(net) if n not in by_hand]
+    assert len(message.partition('To leave')[2]) < 250
+
+
+@pytest.mark.parametrize('names', [['0'], ['0', '3'], ['8', '3']])
+def test_advice_nan(names):
+    "All layers with NaN are named at once, and nothing has changed"
+    net = tiny_net()
+    for n in names: net[int(n)].weight.data[0, 0] = torch.nan
+    before = bits(net)
+    message, rest = advice(net)
+    assert all(f"'{n}'" in message for n in names) and rest == [n for n in '038' if n not in names]
+    assert_same(bits(net), before)
+
+
+def test_advice_of_several_reasons():
+    "Different reasons are named in one error"
+    net = tiny_net()
+    net[3].weight.data[0, 0] = torch.inf
+    parametrizations.weight_norm(net[0])
+    message, rest = advice(net)
+    assert 'computes its weight' in message and 'NaN or infinite' in message and rest == ['8']
+
+
+def test_advice_keeps_the_choice():
+    "The advice is about the layers that were asked for"
+    net = Net()
+    net.body[0].weight.data[0] = torch.nan
+    assert advice(net, ['body', 'head'])[1] == ['body.2.up', 'head']
+    assert advice(net, nn.Conv2d)[1] == ['stem']
 
 
 def test_container_misspelled():

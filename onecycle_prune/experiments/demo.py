@@ -143,7 +143,7 @@ def demo(
             learn = _new_learner()
             with nullcontext() if sys.stdout.isatty() else plain_lines(learn):
                 result = timed_fit(learn, epochs, lr, cb)
-            rows[name] = result | dict(sparsity=sparsity_report(learn.model).sparsity.iloc[-1])
+            rows[name] = result | dict(sparsity=sparsity_report(learn.model).set_index('layer').sparsity['total'])
             if name==schedule: pruned = learn
     except ValueError as e: sys.exit(f'ocp-demo: {e}')
 

@@ -89,8 +89,8 @@ def train(
     cbs = [ValidateLast()] + [make() for make in gpu_callbacks(run.bf16, run.channels_last)]
     learn = Learner(dls, get_arch(run.arch)(num_classes=dls.c), CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): result = timed_fit(learn, run.epochs, run.lr, run.callback())
-    *layers,total = sparsity_report(learn.model).itertuples()
-    return result | dict(reached=total.sparsity, zeros={o.layer: o.zeros for o in layers})
+    report = sparsity_report(learn.model).set_index('layer')
+    return result | dict(reached=report.sparsity['total'], zeros=report.zeros[report['shape']!=''].to_dict())
 
 # %% ../../nbs/experiments/33_grid.ipynb #1fab0025
 def _commit():

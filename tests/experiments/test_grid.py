@@ -264,7 +264,7 @@ def test_results_in_the_repository(path):
     classes = dict(digits=10, cifar10=10, cifar100=100, caltech101=101)
     def layer_sizes(arch, data):
         report = sparsity_report(get_arch(arch)(num_classes=classes[data]))
-        return {o.layer: o.weights for o in report.itertuples()}
+        return {o.layer: o.weights for o in report.itertuples() if o.shape}
     sizes = {o: layer_sizes(*o) for o in {(r['arch'], r['data']) for r in done}}
     for r in done:
         weights = {n: sizes[r['arch'], r['data']][n] for n in r['zeros']}
