@@ -9,7 +9,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/notices.html.md"""
 # %% auto #0
 __all__ = ['warn_of_best', 'warn_of_return', 'expected_zeros', 'warn_of_share', 'warn_at_start', 'pruned_shares', 'PrunedBefore']
 
-# %% ../nbs/19_notices.ipynb #008758ff
+# %% ../nbs/19_notices.ipynb #293071fb
 import torch
 from fastai.basics import defaults
 from fastai.learner import Callback, Learner, Recorder
@@ -18,7 +18,7 @@ from functools import partial
 from torch import nn
 from warnings import warn
 from .guard import restores_best
-from .layers import is_reparametrized, prunable, unwrap_model
+from .layers import is_reparametrized, prunable, unwrap_model, warn_of_coverage
 from .select.core import Problem, select
 from .sparsifier import Sparsifier
 
@@ -82,7 +82,7 @@ def warn_of_share(
     warn(f"Granularity {sparsifier.granularity}: the sparsity counts groups, which differ in size. A fraction of "
          f"{asked:.3g} of the groups would hold {expected:.3g} of the weights now.{dense}{local}")
 
-# %% ../nbs/19_notices.ipynb #569ca526
+# %% ../nbs/19_notices.ipynb #e41edb4a
 def warn_at_start(
     learn:Learner, # At the start of a fit
     sparsifier:Sparsifier, # Of the fit
@@ -92,6 +92,7 @@ def warn_at_start(
     "Warn of what the user may not expect of this fit"
     warn_of_best(learn)
     warn_of_return(sparsifier, sparsity)
+    warn_of_coverage(learn, sparsifier.chosen)
     # A computed weight is not read, because reading it may change it.
     trained = {n: m for n,m in prunable(learn).items() if not is_reparametrized(m) and m.weight.requires_grad}
     others = {n: m for n,m in trained.items() if n not in sparsifier.layers}

@@ -143,7 +143,6 @@ def gan(layers=None):
     return learn.model
 
 
-@pytest.mark.xfail(reason='layers that are frozen when the fit begins are not pruned', strict=False)
 def test_gan():
     "A GAN learner, which frees the weights of its two networks in turn"
     net = gan()
