@@ -57,7 +57,7 @@ class SparsifyCallback(Callback):
         criteria='large_final',
         # When: a name in `schedules`, or a function of position to progress, both in [0, 1], such as `SchedCos(0, 1)`
         schedule='one_cycle',
-        # Classes, names, modules, or a function of a module to bool; by default all convolutions and linear layers
+        # Classes, names, modules, or a function of a module to bool; by default all layers in `prunable(model)`
         layers=None,
         # Batches that batch-norm statistics are estimated from, before each validation and at the end; 0: never
         bn_batches:int=12

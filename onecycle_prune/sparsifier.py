@@ -123,7 +123,7 @@ class Sparsifier:
         context:str|None=None,
         # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores
         criteria='large_final',
-        # Classes, names, modules, or a function of a module to bool; by default all convolutions and linear layers
+        # Classes, names, modules, or a function of a module to bool; by default all layers in `prunable(model)`
         layers=None
     ):
         "Raises `ValueError` if an argument is not one of these, or if a layer cannot be pruned as asked"
