@@ -785,3 +785,51 @@ class TestLater:
         learn.fit(1, 1e-2)
         learn.fit(1, 1e-2, cbs=prune(.9))
         assert not any('trained again' in str(w.message) or 'return in' in str(w.message) for w in recwarn)
+
+
+class Standardized(nn.Conv2d):
+    "A convolution with the standardized weight"
+    def used(self):
+        w = self.weight
+        return (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+    def forward(self, x): return nn.functional.conv2d(x, self.used(), self.bias)
+
+
+class LastOutput(nn.Module):
+    "An LSTM over the pixels of an image, and a linear layer"
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 32, batch_first=True), nn.Linear(32, 4)
+    def forward(self, x): return self.head(self.lstm(x.flatten(2).transpose(1, 2))[0][:, -1])
+
+
+class TestTruth:
+    "What the table says and what the network does"
+
+    def test_standardized(self, new_learner, prune, tolerance):
+        "Weight standardization: the weights in use are sparse, or an error names the layer"
+        net = nn.Sequential(nn.Conv2d(4, 8, 3), Standardized(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                            nn.Linear(8, 4))
+        try: new_learner(net).fit(2, 1e-2, cbs=prune(.9))
+        except ValueError as e: assert 'no effect: 1.' in str(e)
+        else: assert float((net[1].used() == 0).float().mean()) >= .9 - tolerance
+
+    def test_recurrent(self, new_learner, prune, tolerance):
+        "A recurrent network: the share of all weights that is zero, or a warning says what is left out"
+        net = LastOutput()
+        new_learner(net).fit(2, 1e-2, cbs=prune(.9))
+        matrices = [p for p in net.parameters() if p.ndim > 1]
+        share = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+        assert share >= .9 - tolerance - .01
+
+    @pytest.mark.parametrize('target', [.9, .97])
+    def test_batchnorm(self, new_learner, prune, target):
+        "Fast pruning: batch-norm statistics are those of the weights that are left"
+        learn = new_learner()
+        learn.fit(2, 1e-2, cbs=prune(target))
+        x = tiny_data()[0][:36]
+        with torch.no_grad(): inputs = learn.model[0](x)
+        mean, var = inputs.mean((0, 2, 3)), inputs.var((0, 2, 3))
+        kept = var > 1e-6
+        assert torch.allclose(learn.model[1].running_var[kept], var[kept], rtol=.2)
+        assert torch.allclose(learn.model[1].running_mean[kept], mean[kept], atol=.2*float(var.max())**.5)
