@@ -3,6 +3,7 @@
 - `onecycle_prune.batchnorm`: Batch-norm statistics that belong to the weights that are left
 - `onecycle_prune.callback`: Pruning in the batches of a fastai training
 - `onecycle_prune.checkpoint`: What a checkpoint does not hold
+- `onecycle_prune.checks`: Checks of the scores, without waiting for the device
 - `onecycle_prune.criteria`: A score for each weight: how important it is
 - `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
 - `onecycle_prune.experiments.bench`: The cost of pruning: the time it adds to a training step, for this package and for fasterai

@@ -12,8 +12,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/observe.html.md"""
 __all__ = ['preserved', 'Call', 'sources', 'Recorder', 'record_calls', 'recompute', 'uses', 'computed_weights', 'ChannelTensor',
            'filter_tensors', 'bias_tensors', 'FirstForward']
 
-# %% ../nbs/17_observe.ipynb #fad193d6
-import inspect, numpy as np, random, torch, torch.nn.functional as F
+# %% ../nbs/17_observe.ipynb #96d44065
+import inspect, numpy as np, random, torch, torch.nn.functional as F, weakref
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -387,7 +387,7 @@ def bias_tensors(
     if m.bias is None: return []
     return [ChannelTensor(m.bias, names[id(m.bias)], n_filters, 0, n_filters)]
 
-# %% ../nbs/17_observe.ipynb #7fb29274
+# %% ../nbs/17_observe.ipynb #516b189b
 class FirstForward:
     "A hook that calls a function once, with the inputs of the first forward pass of a model"
     def __init__(self,
@@ -395,14 +395,22 @@ class FirstForward:
         method # Function of the model, its inputs, and its inputs by name
     ):
         self.method = method
-        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
+        self.model = weakref.ref(model)
+        self.handle = None
+        self.again()
+
+    def again(self):
+        "Wait for the next forward pass"
+        self.remove()
+        self.handle = self.model().register_forward_pre_hook(self, with_kwargs=True)
 
     @torch._dynamo.disable
     def __call__(self, model, args, kwargs):
         self.remove()
         self.method(model, args, kwargs)
 
-    def remove(self): self.handle.remove()
+    def remove(self):
+        if self.handle: self.handle.remove()
 
     # A method of Python's own that takes any arguments and returns None.
     def __deepcopy__(self, memo): return nullcontext().__exit__
