@@ -14,7 +14,7 @@ from torch import distributed
 pytest.importorskip('accelerate')  # `fastai.distributed` needs it
 from fastai.distributed import DistributedDL
 
-from helpers import Probe, assert_same, bits
+from helpers import Probe, assert_same, before_training_batches, bits
 from networks import tiny_learner, tiny_net
 from reference import assert_counts, count_groups, curve, layers_of
 
@@ -32,12 +32,14 @@ def as_ints(net):
 
 def train(learn, criterion='large_final', context='local', cbs=(), **kwargs):
     "Train with pruning; return the weights before, the masks before each epoch, the state after each batch, the end"
-    net, cb, masks = learn.model, SparsifyCallback(.9, context=context, criteria=criterion), []
+    net, cb, masks, inputs = learn.model, SparsifyCallback(.9, context=context, criteria=criterion), [], []
     before = as_ints(net)
     note = Callback(before_train=lambda self: masks.append(cb.sparsifier.masks))
     probe = Probe(lambda _: dict(masks=cb.sparsifier.masks, weights=as_ints(net), counts=count_groups(net)))
-    learn.fit_one_cycle(epochs, 1e-2, cbs=[cb, note, probe, *cbs], **kwargs)
-    return dict(before=before, masks=masks, batches=probe.seen, end=bits(learn.model), unwrapped=learn.model is net)
+    see = before_training_batches(lambda learn: inputs.append(learn.x.clone()))
+    learn.fit_one_cycle(epochs, 1e-2, cbs=[cb, note, probe, see, *cbs], **kwargs)
+    return dict(before=before, masks=masks, batches=probe.seen, end=bits(learn.model), unwrapped=learn.model is net,
+        inputs=inputs)
 
 
 ### What each of the two processes does
@@ -118,6 +120,20 @@ def test_end(ranks):
     for o in (o[run] for o in ranks for run in runs):
         assert o['unwrapped'] and list(o['end']) == list(tiny_net().state_dict())
         for n, w in o['batches'][-1]['weights'].items(): assert torch.equal(o['end'][n].view(torch.int32), w)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('run', runs)
+def test_batchnorm_statistics(ranks, run):
+    "Both processes end with the averages over the batches of both, for the weights that are left"
+    ends = [{k: v for k, v in o[run]['end'].items() if 'running' in k} for o in ranks]
+    assert_same(*ends)
+    conv, inputs = tiny_net()[0], [x for o in ranks for x in o[run]['inputs'][-n_batches:]]
+    conv.load_state_dict({k: ranks[0][run]['end'][f'0.{k}'] for k in ('weight', 'bias')})
+    outputs = [conv(x).transpose(0, 1).flatten(1) for x in inputs]
+    for name, stat in dict(mean=torch.mean, var=torch.var).items():
+        expected = torch.stack([stat(o, 1) for o in outputs]).mean(0)
+        torch.testing.assert_close(ends[0][f'1.running_{name}'], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
