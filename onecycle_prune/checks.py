@@ -44,7 +44,7 @@ class FiniteCheck:
             raise ValueError(f"Scores of layer '{name}' are NaN or infinite, and cannot be ranked: "
                              "has the training diverged?")
 
-# %% ../nbs/21_checks.ipynb #589d901f
+# %% ../nbs/21_checks.ipynb #367911c5
 class TieCheck:
     "Warn once if a large part of a pool has the same score"
     def __init__(self,
@@ -62,7 +62,7 @@ class TieCheck:
     ):
         "Warn if more than a tenth of the pool, and more than were pruned, have the same score"
         if self.has_warned or n_ties is None: return
-        is_large = n_ties > max(n_prune, n_groups/10)
+        is_large = n_ties > max(n_prune, n_groups/10, 16) # a few ties may be chance
         if isinstance(n_ties, torch.Tensor): is_large = not self.finite.answer(('ties', *layers), ~is_large)
         if not is_large: return
         self.has_warned = True

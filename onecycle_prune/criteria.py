@@ -137,7 +137,7 @@ _criteria_hints = {
                      'global_magnitude', 'final_magnitude', 'magnitude_final'], "'magnitude'"),
     **dict.fromkeys(['l2', 'l2_norm', 'l2-norm', 'l2norm', 'l2_magnitude'], 'lambda m: m.weight.square()'),
     **dict.fromkeys(['grad', 'grads', 'gradient', 'gradients', 'grad_magnitude', 'gradient_magnitude'],
-                    "lambda m: m.weight.grad.abs(), or 'taylor' (weight times gradient)"),
+                    "needs_gradient(lambda m: m.weight.grad.abs()), or 'taylor' (weight times gradient)"),
     **dict.fromkeys(['snip', 'sensitivity', 'connection_sensitivity'], "'taylor'"),
     **dict.fromkeys(['large', 'largest', 'small', 'smallest', 'final'], "'large_final' (keeps the large weights), "
                     "or 'small_final' (keeps the small weights)"),

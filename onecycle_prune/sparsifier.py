@@ -103,6 +103,7 @@ class Sparsifier:
         self._sparsity = self._floor_sparsity = None # of the pools, and of their floors
         self.n_missing = 0 # groups that were not pruned in the last step, since their layers could not be ranked
         self.was_left_alone = set() # layers that had no gradient in some step
+        self.has_ranked = False # whether a layer had a gradient in some step, if the criterion needs one
         self._ties = TieCheck(self._finite)
         self._follow_model()
         self.filter_tensors = {} # {layer name: tensors that are zeroed with its filters}
@@ -310,8 +311,10 @@ class Sparsifier:
     def _left_alone(self):
         "The layers that have no gradient in this step, if the criterion needs one; their masks do not change"
         if not hasattr(self.criteria, 'needs_gradient'): return set()
-        left_alone = set(self.layers) - with_gradient(self.layers)
-        if len(left_alone)==len(self.layers): return set() # the criterion raises its error
+        ranked = with_gradient(self.layers)
+        self.has_ranked |= bool(ranked)
+        if not self.has_ranked: return set() # without any gradient so far, the criterion raises its error
+        left_alone = set(self.layers) - ranked
         if left_alone and not self.was_left_alone:
             names = ', '.join(n for n in self.layers if n in left_alone)
             warn(f"These layers had no gradient in a step, so {self._criterion_name!r} could not rank them: {names}. "

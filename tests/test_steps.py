@@ -2,7 +2,8 @@
 import warnings
 
 import pytest, torch
-from fastai.basics import Adam, Callback, CancelBatchException, CancelStepException, OptimWrapper
+from fastai.basics import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelStepException,
+    OptimWrapper)
 from fastai.callback.all import GradientAccumulation
 from onecycle_prune.callback import SparsifyCallback
 from onecycle_prune.criteria import Criteria, needs_gradient
@@ -203,3 +204,15 @@ class TestGradients:
         net = tiny_net()
         with pytest.raises(ValueError, match='has no gradient'): Sparsifier(net, criteria='taylor').prune(.5)
         assert not total_zeros(net)
+
+    @pytest.mark.parametrize('opt', optimizers)
+    def test_no_gradient_in_one_step(self, new_learner, opt):
+        "A step after a cancelled `backward`: no layer has a gradient, and no mask changes"
+        learn, probe = new_learner(opt_func=optimizers[opt]), Probe(zero_masks)
+        def cancel(self):
+            if self.iter == 2: raise CancelBackwardException
+        said = messages(learn.fit, 2, 1e-2, cbs=[SparsifyCallback(.5, criteria='taylor'),
+                                                Callback(before_backward=cancel), probe])
+        for i in (2, 7): assert_same(probe.seen[i], probe.seen[i-1])
+        assert total_zeros(learn.model) == round(.5*total_weights)
+        assert not any('same score' in o for o in said)
