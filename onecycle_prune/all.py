@@ -2,7 +2,7 @@
 from .batchnorm import estimate_batchnorms
 from .callback import SparsifyCallback
 from .criteria import (Criteria, criteria, get_criteria, large_final, large_init, large_init_large_final,
-    magnitude_increase, movement, small_final, taylor, updating_movement)
+    magnitude_increase, movement, needs_gradient, small_final, taylor, updating_movement)
 from .granularity import granularities
 from .report import plot_layers, sparsity_report
 from .schedule import (SchedAGP, SchedDSD, SchedIterative, SchedOneCycle, SchedOneShot, Schedule, agp, dsd,
@@ -14,5 +14,6 @@ from .sparsifier import Sparsifier
 __all__ = ['Criteria', 'SchedAGP', 'SchedDSD', 'SchedIterative', 'SchedOneCycle', 'SchedOneShot', 'Schedule',
     'Sparsifier', 'SparsifyCallback', 'agp', 'criteria', 'dsd', 'estimate_batchnorms', 'get_criteria', 'get_schedule',
     'granularities', 'iterative', 'large_final', 'large_init', 'large_init_large_final', 'magnitude_increase',
-    'movement', 'one_cycle', 'one_shot', 'plot_layers', 'plot_schedules', 'sched_agp', 'sched_dsd', 'sched_iterative',
+    'movement', 'needs_gradient', 'one_cycle', 'one_shot', 'plot_layers', 'plot_schedules', 'sched_agp', 'sched_dsd',
+    'sched_iterative',
     'sched_onecycle', 'sched_oneshot', 'schedules', 'small_final', 'sparsity_report', 'taylor', 'updating_movement']

@@ -7,7 +7,7 @@ from torch import nn, tensor
 import onecycle_prune.all
 from helpers import assert_same, bits, zeros
 from networks import fill, line
-from onecycle_prune.criteria import Criteria, criteria, criteria_aliases, get_criteria
+from onecycle_prune.criteria import Criteria, criteria, criteria_aliases, get_criteria, needs_gradient
 from onecycle_prune.sparsifier import Sparsifier
 
 now, start = [.5, -2., 0., -1.], [-1., 1.5, .25, -1.]

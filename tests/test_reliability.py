@@ -123,6 +123,30 @@ class TestExactness:
         at_target(net)
 
 
+def assert_sound_statistics(net):
+    "The first batch norm has the mean, over the training set, of what the weights as they are give it"
+    outputs = net[0](tiny_data()[0][:36]).transpose(0, 1).flatten(1)
+    assert ((net[1].running_mean - outputs.mean(1))/outputs.std(1)).abs().max() < .03
+
+
+class TestBatchNorm:
+    "Batch-norm statistics"
+
+    def test_end(self, new_learner, prune):
+        "The statistics of batch norms belong to the weights that are left, though these were pruned in few batches"
+        learn = new_learner()
+        learn.fit_one_cycle(2, .1, cbs=prune(.9))
+        assert_sound_statistics(learn.model)
+
+    def test_stopped(self, new_learner, prune):
+        "So do they after Ctrl-C in the middle of an epoch"
+        learn = new_learner()
+        with pytest.raises(KeyboardInterrupt), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            learn.fit(3, .1, cbs=[prune(.9), Break(KeyboardInterrupt, batch=4)])
+        assert_sound_statistics(learn.model)
+
+
 class TestCheckpoints:
     "Checkpoints"
 
