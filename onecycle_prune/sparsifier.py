@@ -129,6 +129,8 @@ class Sparsifier:
         Each layer keeps one group. A layer that was frozen, and is trained now, joins its pool. Raises `ValueError` for
         any other sparsity, or if scores cannot be ranked."""
         sparsity = check_sparsity(sparsity)
+        # Pruning without any forward pass leaves no hook. Filters still wait for one, to find the norms after them.
+        if self.granularity.name!='filter': self.first_forward.remove()
         self._follow_model()
         self._set_pools(sparsity)
         targets = [p.target(sparsity) for p in self.pools]

@@ -217,7 +217,7 @@ def test_hints_in_code(word):
     "The function in a hint computes what the word means"
     with pytest.raises(ValueError, match='Did you mean ') as e: get_criteria(word)
     hint = re.search(r"Did you mean (.*?)(, or 'taylor' .*)?\? Allowed", str(e.value))[1]
-    m, f = line(*now), get_criteria(eval(hint))
+    m, f = line(*now), get_criteria(eval(hint, dict(Criteria=Criteria, torch=torch, needs_gradient=needs_gradient)))
     m.weight.grad = tensor([[1., 2., 3., 4.]])
     memory = 'last' if 'updating' in word else 'start' if isinstance(f, Criteria) else None
     assert getattr(f, 'memory', None) == memory

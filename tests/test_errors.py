@@ -77,7 +77,7 @@ at_fit = [
         r"Layer '8' \(Linear\).*does not support granularity 'kernel', only 'weight'"),
     (dict(layers=nn.Linear, granularity='filter'), r"Nothing to prune.*'filter'"),
     (dict(granularity='3:6', sparsity=None),
-        r"Layer '0' \(Conv2d\).*4 input channels do not divide by 6, as '3:6' needs.*layers"),
+        r"Layer '0' \(Conv2d\).*4 input channels do not divide by 6, as '3:6' needs.*No other layer was chosen"),
     (dict(granularity='3:8', sparsity=None, layers='0'), r"Layer '0'.*4 input channels do not divide by 8"),
 ]
 
