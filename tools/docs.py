@@ -29,7 +29,7 @@ pages, texts = work/'pages', work/'texts'
 groups = {
     'Tutorials': 'tutorials/*',
     'How-to': 'howto/*',
-    'Reference': '[0-2][1-9]*',
+    'Reference': '[01][1-9]*',
     'Reference: selection': 'select/*',
     'Reference: deployment': 'deploy/*',
     'Reference: experiments': 'experiments/*',
