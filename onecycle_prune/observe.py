@@ -162,15 +162,23 @@ def recompute(
     return tree_flatten(results[maker])[0][position]
 
 # %% ../nbs/05_observe.ipynb #0b9bc904
+# Functions in which a weight meets the input of its layer.
+_layers = (F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
+    F.conv_transpose3d, F.multi_head_attention_forward, F.scaled_dot_product_attention, torch.matmul, torch.bmm,
+    torch.mm, torch.addmm, torch.baddbmm, torch.einsum, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.mm,
+    torch.Tensor.__matmul__)
+
 def uses(
     calls:list[Call], # Of one forward pass
     weights:dict[str, torch.Tensor] # {layer name: weight}
 )->dict[str, list[tuple[Call, int]]]: # {layer name: [(call, position of the tensor among its `tensors`)]}
-    "The calls that bring each weight, or a constant that is computed from it, together with data"
+    "The calls that bring each weight, or a constant that is computed from it, together with the input of its layer"
     names = {id(w): n for n,w in weights.items()}
     found = {n: [] for n in weights}
     for call in calls:
-        if not any(call.data): continue
+        # The input of a layer may be a constant too, such as the positions of pixels, but not the weight itself.
+        is_layer = call.function in _layers and len(call.sources) > 1
+        if not any(call.data) and not is_layer: continue
         for i,(t,maker,is_data) in enumerate(zip(call.tensors, call.makers, call.data)):
             if is_data: continue
             for k in sources(t, maker):
@@ -211,10 +219,6 @@ class ChannelTensor:
         return t.detach().view(self.n_channels, -1)[self.offset:self.offset+self.n_filters]
 
 _joins = torch.cat,torch.concat,torch.concatenate
-_layers = (F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
-    F.conv_transpose3d, F.multi_head_attention_forward, F.scaled_dot_product_attention, torch.matmul, torch.bmm,
-    torch.mm, torch.addmm, torch.baddbmm, torch.einsum, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.mm,
-    torch.Tensor.__matmul__)
 _modes = {F.batch_norm: 'training', F.instance_norm: 'use_input_stats'} # {norm: its argument for the mode}
 
 @dataclass

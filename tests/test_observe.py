@@ -540,6 +540,20 @@ class TestComputedWeights:
         calls = record_calls(net, (torch.randn(2, 3, 8, 8),))
         assert computed_weights(calls, {'': net.weight}) == []
 
+    def test_constant_input(self):
+        "A layer whose input does not depend on the data, as for relative positions"
+        class Positions(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.c = nn.Linear(3, 4), nn.Conv2d(1, 4, 1), nn.Linear(3, 4)
+                self.register_buffer('table', torch.randn(5, 3))
+                self.learned = nn.Parameter(torch.randn(5, 3))
+            def forward(self, x):
+                return x + self.a(self.table) + self.b(torch.ones(1, 4, 4)).mean() + self.c(self.learned)
+        net = Positions()
+        calls = record_calls(net, (torch.randn(2, 5, 4),))
+        assert computed_weights(calls, {n: m.weight for n, m in net.named_children()}) == []
+
     def test_not_called(self):
         "A layer that was not called is not judged"
         net = nn.ModuleDict(dict(used=nn.Linear(3, 3), unused=MeanFreeLinear(3, 3)))
