@@ -203,7 +203,7 @@ class SparsifyCallback(Callback):
         return path
 
     def _end(self):
-        "Leave the learner as it was, and let go of the model"
+        "Leave the learner as it was, and hold the model weakly"
         restore_methods(self.learn)
         self.learn.remove_cb(self.keeper)
         self.keeper = None

@@ -57,8 +57,7 @@ def expected_zeros(
     layers = [[sparsifier.layers[n] for n in pool.pruned] for pool in sparsifier.pools]
     masks = [[p.clone() for p in pool.pruned.values()] for pool in sparsifier.pools]
     def _scores(i): return [sparsifier.granularity.reduce(m.weight.abs(), m) for m in layers[i]]
-    protect = sparsifier.granularity.name!='layer'
-    problems = [Problem(masks[i], pool.budget(sparsity), partial(_scores, i), protect=protect)
+    problems = [Problem(masks[i], pool.budget(sparsity), partial(_scores, i), protect=pool.protect)
                 for i,pool in enumerate(sparsifier.pools)]
     select(problems).commit()
     return sum(round(float(p.double().mean())*m.weight.numel()) for p,m in zip(sum(masks, []), sum(layers, [])))

@@ -105,9 +105,18 @@ class Pool:
         if implied is not None and wanted > round(implied*self.n_groups):
             raise ValueError(f"Granularity {self.granularity} prunes {implied:g} of the weights and no more, "
                              f"got {fraction!r}.")
-        # If whole layers are the groups, the pool keeps one layer.
-        n_kept = 1 if self.granularity.name=='layer' else len(self.pruned)
-        return min(wanted, self.n_groups - n_kept)
+        return min(wanted, self.n_groups - self.n_kept(len(self.pruned)))
+
+    @property
+    def protect(self)->bool:
+        "Whether each layer keeps its best group; if whole layers are the groups, the pool keeps one layer"
+        return self.granularity.name!='layer'
+
+    def n_kept(self,
+        n_layers:int # How many of the layers compete
+    )->int:
+        "How many groups are never pruned"
+        return n_layers if self.protect else 1
 
     def target(self,
         sparsity:float|dict # As for `fraction`

@@ -51,7 +51,7 @@ def remember_start(
 # %% ../nbs/08_sparsifier.ipynb #fd6fdd27
 def held_weakly(
     m:nn.Module # A layer
-)->nn.Module: # A proxy, which raises `ReferenceError` once the layer is gone
+)->nn.Module: # A proxy, which raises `ReferenceError` once the layer does not exist any more
     "A layer that does not keep the model alive"
     # A view of a parameter is made for the sparsifier, and nothing else holds it.
     return Weight(weakref.proxy(m.module), m.name, m.like) if type(m) is Weight else weakref.proxy(m)
@@ -153,7 +153,8 @@ class Sparsifier:
         if model is None:
             for n in self.chosen: self._zero(n)
             return []
-        weights,tensors = self.weights_in(model),named_tensors(model)
+        tensors = named_tensors(model)
+        weights = self._weights_among(tensors)
         for n,w in weights.items():
             pruned = self.pruned[n].to(w.device)
             zero_(grouped_view(w, self.layers[n]), pruned)
@@ -165,7 +166,9 @@ class Sparsifier:
         model # A copy of the model, or the model itself
     )->dict[str, torch.Tensor]: # {layer name: weight}; a layer that `model` does not have is left out
         "The weights of the pruned layers in a model with the same names"
-        tensors = named_tensors(model)
+        return self._weights_among(named_tensors(model))
+
+    def _weights_among(self, tensors):
         named = {n: tensors.get(self.parameter_names[n]) for n in self.layers}
         return {n: t for n,t in named.items() if t is not None and t.shape==self.layers[n].weight.shape}
 
@@ -329,8 +332,7 @@ class Sparsifier:
         ranked = [p for n,p in pool.pruned.items() if n not in left_alone]
         if len(ranked)==len(pool.pruned): return k
         n_pruned = sum(int(p.count_nonzero()) for p in ranked)
-        n_kept = 1 if self.granularity.name=='layer' else len(ranked)
-        most = pool.count() + max(0, sum(p.numel() for p in ranked) - n_kept - n_pruned)
+        most = pool.count() + max(0, sum(p.numel() for p in ranked) - pool.n_kept(len(ranked)) - n_pruned)
         return max(pool.count() - n_pruned, min(k, most))
 
     def _problem(self, pool, k, left_alone):
@@ -339,7 +341,7 @@ class Sparsifier:
         n_others = sum(int(pool.pruned[n].count_nonzero()) for n in pool.pruned if n in left_alone)
         return Problem([pool.pruned[n] for n in names], k - n_others, lambda: [self._scores(n) for n in names],
             weights=[self.layers[n].weight for n in names] if self._is_magnitude else None,
-            n_pruned=pool.count() - n_others, protect=self.granularity.name!='layer')
+            n_pruned=pool.count() - n_others, protect=pool.protect)
 
     @property
     def _criterion_name(self): return getattr(self.criteria, '__name__', str(self.criteria))

@@ -13,7 +13,8 @@ from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from helpers import assert_same, bits, channel
-from networks import tiny_net
+from networks import tiny_net, total_weights
+from reference import total_zeros
 
 
 def convolutions(net): return {n: m for n, m in prunable(net).items() if isinstance(m, nn.modules.conv._ConvNd)}
@@ -384,10 +385,10 @@ class TestForwardPass:
     def test_sparsifier_is_not_kept(self):
         "After its first pass, the model does not keep the sparsifier alive"
         net = tiny_net()
-        gone = weakref.ref(Sparsifier(net))
+        sparsifier = weakref.ref(Sparsifier(net))
         net(torch.randn(2, 4, 6, 6))
         gc.collect()
-        assert gone() is None
+        assert sparsifier() is None
 
     @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_copies(self, clone):
@@ -456,6 +457,7 @@ class TestForwardPass:
             learn = new_learner()
             if not observe: monkeypatch.setattr(Sparsifier, 'observe', lambda *args: None)
             learn.fit(2, 1e-2, cbs=SparsifyCallback(.5))
+            assert total_zeros(learn.model) == round(.5*total_weights)
             return [p.detach().clone() for p in learn.model.parameters()]
         assert_same(run(True), run(False))
 

@@ -802,13 +802,14 @@ class TestLater:
         learn.fit(2, 1e-2, cbs=prune(.9))
         with pytest.warns(UserWarning, match='pruned groups return in 0, 3, 8'): learn.fit(1, 1e-2, cbs=prune(.5))
 
-    def test_no_false_alarm(self, new_learner, prune, recwarn):
+    def test_no_false_alarm(self, new_learner, prune, at_target, recwarn):
         "A dense model, also one with a layer that starts at zero, is trained without a warning"
         learn = new_learner()
         learn.model[8].weight.data.zero_()
         learn.fit(1, 1e-2)
         learn.fit(1, 1e-2, cbs=prune(.9))
         assert not any('trained again' in str(w.message) or 'return in' in str(w.message) for w in recwarn)
+        at_target(learn.model)
 
 
 class Standardized(nn.Conv2d):
