@@ -5,6 +5,9 @@
 - `onecycle_prune.checkpoint`: What a checkpoint does not hold
 - `onecycle_prune.checks`: Checks of the scores, without waiting for the device
 - `onecycle_prune.criteria`: A score for each weight: how important it is
+- `onecycle_prune.deploy.kernels`: The loops of a plan that numba compiles: they multiply by the weights that are not zero, and by no others
+- `onecycle_prune.deploy.plan`: A part of a network as one sequence of steps, which runs without returning to PyTorch in between
+- `onecycle_prune.deploy.workers`: Threads that wait for work, for kernels that release Python's lock
 - `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
 - `onecycle_prune.experiments.bench`: The cost of pruning: the time it adds to a training step, for this package and for fasterai
 - `onecycle_prune.experiments.demo`: The main task on one page: dense, one-cycle and the paper's baselines with the same budget
