@@ -7,6 +7,8 @@
 - `onecycle_prune.criteria`: A score for each weight: how important it is
 - `onecycle_prune.deploy.kernels`: The loops of a plan that numba compiles: they multiply by the weights that are not zero, and by no others
 - `onecycle_prune.deploy.plan`: A part of a network as one sequence of steps, which runs without returning to PyTorch in between
+- `onecycle_prune.deploy.regions`: Which parts of a network run as plans, and how they are found in it
+- `onecycle_prune.deploy.speed_up`: A network that skips its zeros, for inference on a CPU
 - `onecycle_prune.deploy.workers`: Threads that wait for work, for kernels that release Python's lock
 - `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
 - `onecycle_prune.experiments.bench`: The cost of pruning: the time it adds to a training step, for this package and for fasterai

@@ -14,14 +14,14 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/kernels.html.md"""
 __all__ = ['width', 'kinds', 'load', 'split', 'conv', 'max_pool', 'mean_pool', 'add', 'affine', 'store', 'step_type',
            'counters_of_step', 'run']
 
-# %% ../../nbs/deploy/41_kernels.ipynb #9c4c5a99
+# %% ../../nbs/deploy/41_kernels.ipynb #789b6ddb
 import numpy as np, os
 from llvmlite import binding, ir
 from numba import carray, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# %% ../../nbs/deploy/41_kernels.ipynb #f6a2fb83
+# %% ../../nbs/deploy/41_kernels.ipynb #6e23091a
 def _has_avx512()->bool:
     "Whether numba compiles for AVX-512; its environment variables can hold it to less"
     if config.CPU_FEATURES is not None: return '+avx512f' in config.CPU_FEATURES
@@ -30,7 +30,7 @@ def _has_avx512()->bool:
 
 width = 128 if _has_avx512() else 64 # outputs of a block
 
-# %% ../../nbs/deploy/41_kernels.ipynb #67a39e35
+# %% ../../nbs/deploy/41_kernels.ipynb #136c1d07
 kinds = ['load', 'split', 'conv', 'max_pool', 'mean_pool', 'add', 'affine', 'store']
 load, split, conv, max_pool, mean_pool, add, affine, store = range(len(kinds))
 
@@ -42,7 +42,7 @@ _fields = '''kind n_items channels_of_item blocks_of_item n_channels n_positions
 step_type = np.dtype([(name, np.int64) for name in _fields] + [(name, np.float32) for name in ('low', 'high', 'scale')],
     align=True)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #dfe72a9b
+# %% ../../nbs/deploy/41_kernels.ipynb #755b5797
 _f32, _i32, _i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 def _at(builder, address, what): return builder.inttoptr(address, what.as_pointer())
@@ -86,26 +86,28 @@ def _weighted_sum(n:int):
 
 _sum_1, _sum_2, _sum_4, _sum_8 = (_weighted_sum(width//n) for n in (1, 2, 4, 8))
 
-# %% ../../nbs/deploy/41_kernels.ipynb #575a4c2a
+# %% ../../nbs/deploy/41_kernels.ipynb #715d0c16
 def _window(is_max:bool, stride:int):
     "The function that computes 8 neighbouring outputs of a pooling: maximum or sum over a window"
     out_vector, vector = ir.VectorType(_f32, 8), ir.VectorType(_f32, 8*stride)
     lanes = ir.Constant(ir.VectorType(_i32, 8), list(range(0, 8*stride, stride)))
+    def _combine(builder, x, y):
+        if not is_max: return builder.fadd(x, y)
+        larger = builder.select(builder.fcmp_unordered('>', x, y), x, y) # `x` where one of them is NaN
+        return builder.select(builder.fcmp_unordered('uno', y, y), y, larger)
     def _codegen(context, builder, signature, args):
         source, row_bytes, n_rows, n_columns, scale, out = args
-        one = ir.Constant(_i64, 1)
-        start = ir.Constant(out_vector, [-np.inf if is_max else 0.]*8)
-        total = cgutils.alloca_once_value(builder, start)
-        with cgutils.for_range(builder, n_rows, intp=_i64) as rows:
-            row = builder.add(source, builder.mul(rows.index, row_bytes))
-            with cgutils.for_range(builder, n_columns, intp=_i64) as columns:
-                x = _load(builder, builder.add(row, builder.mul(columns.index, ir.Constant(_i64, 4))), vector)
-                x = builder.shuffle_vector(x, x, lanes)
-                old = builder.load(total)
-                # The comparison is true for NaN, so NaN is taken, and never left again.
-                new = builder.select(builder.fcmp_unordered('>', x, old), x, old) if is_max else builder.fadd(x, old)
-                if is_max: new = builder.select(builder.fcmp_unordered('uno', old, old), old, new)
-                builder.store(new, total)
+        def _start(vector): return ir.Constant(vector, [-np.inf if is_max else 0.]*vector.count)
+        total = cgutils.alloca_once_value(builder, _start(out_vector))
+        of_column = cgutils.alloca_once(builder, vector)
+        with cgutils.for_range(builder, n_columns, intp=_i64) as columns:
+            builder.store(_start(vector), of_column)
+            column = builder.add(source, builder.mul(columns.index, ir.Constant(_i64, 4)))
+            with cgutils.for_range(builder, n_rows, intp=_i64) as rows:
+                x = _load(builder, builder.add(column, builder.mul(rows.index, row_bytes)), vector)
+                builder.store(_combine(builder, x, builder.load(of_column)), of_column)
+            x = builder.load(of_column)
+            builder.store(_combine(builder, builder.shuffle_vector(x, x, lanes), builder.load(total)), total)
         y = builder.fmul(builder.load(total), _splat(builder, scale, out_vector))
         builder.store(y, _at(builder, out, out_vector), align=4)
         return context.get_dummy_value()
@@ -116,7 +118,7 @@ def _window(is_max:bool, stride:int):
 
 _max_window_1, _max_window_2, _sum_window_1, _sum_window_2 = (_window(m, s) for m in (True, False) for s in (1, 2))
 
-# %% ../../nbs/deploy/41_kernels.ipynb #1fec3b25
+# %% ../../nbs/deploy/41_kernels.ipynb #90de9d95
 @intrinsic
 def _split_16(typingctx, source, even, odd):
     "Copy 16 neighbours: those at even places to `even`, the others to `odd`"
@@ -128,7 +130,7 @@ def _split_16(typingctx, source, even, odd):
         return context.get_dummy_value()
     return types.void(*[types.int64]*3), _codegen
 
-# %% ../../nbs/deploy/41_kernels.ipynb #bff2b3ed
+# %% ../../nbs/deploy/41_kernels.ipynb #7d006c24
 @njit
 def _sum_scalar(arena, source, offsets, weights, start, stop):
     "The sum over the weights of a filter at one position"
@@ -218,7 +220,7 @@ def _conv(step, item, arena, offsets, weights, starts, biases):
     if step.framed:
         for f in range(f0, f1): _zero_frame(step, arena, f, first, last)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #4ae7959e
+# %% ../../nbs/deploy/41_kernels.ipynb #f5cef9fe
 @njit
 def _zero(arena, start, stop):
     for i in range(start, stop): arena[i] = 0
@@ -233,52 +235,56 @@ def _zero_frame(step, arena, plane, first, last):
         _zero(arena, base + max(y*stride + columns, first), base + min((y+1)*stride, last))
     if last==step.n_positions: _zero(arena, base+last, base-step.out_lead+step.out_plane)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #2a71cecd
+# %% ../../nbs/deploy/41_kernels.ipynb #c9bb5fb4
 @njit
-def _split_row(values, first, n_columns, stride, phase, arena, row):
-    "Copy each `stride`-th number of a row, from the one at place `phase` on; returns how many"
-    n = (n_columns - phase + stride-1)//stride
-    for x in range(max(n, 0)): arena[row+x] = values[first + phase + x*stride]
-    return max(n, 0)
+def _split_row(values, first, n_columns, stride, phase, arena, row, end):
+    "Copy each `stride`-th number of a row, from the one at place `phase` on, and zeros after the last"
+    n = max(0, (n_columns - phase + stride-1)//stride)
+    for x in range(n): arena[row+x] = values[first + phase + x*stride]
+    _zero(arena, row+n, row+end)
 
 @njit
-def _split_row_2(values, first, n_columns, arena, even, odd):
-    "Copy the numbers of a row at even places to `even`, the others to `odd`"
+def _split_row_2(values, first, n_columns, arena, even, odd, end):
+    "The same for both phases of a stride of 2"
     from_, to = values.ctypes.data, arena.ctypes.data
     n = n_columns//16
     for k in range(n): _split_16(from_ + 4*(first+16*k), to + 4*(even+8*k), to + 4*(odd+8*k))
     for x in range(16*n, n_columns): arena[(odd if x%2 else even) + x//2] = values[first+x]
+    _zero(arena, odd + n_columns//2, odd+end)
 
 @njit
 def _split(step, item, arena, values, source):
     "Copy planes of `values`, the first at `source`, into the phases of a stride"
     c0, c1 = _channels(step, item)
-    sy, sx = step.stride_y, step.stride_x
+    sy, sx, end = step.stride_y, step.stride_x, step.out_columns
     for c in range(c0, c1):
         for a in range(sy):
-            for b in range(sx):
-                base = step.out + ((c*sy + a)*sx + b)*step.out_plane
-                if step.framed: _zero(arena, base-step.out_lead, base-step.out_lead+step.out_plane)
+            first_plane = (c*sy + a)*sx
             for y in range(step.out_rows):
-                if y*sy + a >= step.source_rows: continue
+                row = step.out + first_plane*step.out_plane + y*step.out_stride
+                if y*sy + a >= step.source_rows:
+                    for b in range(sx): _zero(arena, row + b*step.out_plane, row + b*step.out_plane + end)
+                    continue
                 first = source + c*step.channel_stride + (y*sy + a)*step.row_stride
-                row = step.out + (c*sy + a)*sx*step.out_plane + y*step.out_stride
-                if sx==2: _split_row_2(values, first, step.source_columns, arena, row, row+step.out_plane)
+                if sx==2: _split_row_2(values, first, step.source_columns, arena, row, row+step.out_plane, end)
                 else:
-                    for b in range(sx): _split_row(values, first, step.source_columns, sx, b, arena, row+b*step.out_plane)
+                    for b in range(sx):
+                        _split_row(values, first, step.source_columns, sx, b, arena, row + b*step.out_plane, end)
+            if step.framed:
+                for b in range(sx): _zero_frame(step, arena, first_plane+b, 0, step.n_positions)
 
 @njit
 def _load_transposed(step, item, arena, values, source):
     "Copy an input whose channels are neighbours, 16 channels at a time"
     c0, c1 = _channels(step, item)
-    if step.framed:
-        for c in range(c0, c1): _zero(arena, step.out - step.out_lead + c*step.out_plane, step.out - step.out_lead + (c+1)*step.out_plane)
     for c in range(c0, c1, 16):
         for y in range(step.out_rows):
             for x in range(step.out_columns):
                 first = source + y*step.row_stride + x*step.column_stride
                 at = step.out + y*step.out_stride + x
                 for d in range(c, min(c+16, c1)): arena[at + d*step.out_plane] = values[first+d]
+    if step.framed:
+        for c in range(c0, c1): _zero_frame(step, arena, c, 0, step.n_positions)
 
 @njit
 def _store(step, item, arena, values, to):
@@ -297,7 +303,7 @@ def _store(step, item, arena, values, to):
             at = step.source + c*step.source_plane + y*step.source_stride
             for x in range(step.source_columns): values[first+x] = arena[at+x]
 
-# %% ../../nbs/deploy/41_kernels.ipynb #361a1ba4
+# %% ../../nbs/deploy/41_kernels.ipynb #78454dd6
 @njit
 def _window_scalar(step, arena, plane, y, x):
     "The result of a pooling at one position, where the window may reach over the border"
@@ -317,7 +323,7 @@ def _pool(step, item, arena):
     # Between these columns a window lies inside.
     x0 = (step.padding_x + sx-1)//sx
     x1 = max(x0, min(step.out_columns, (step.source_columns + step.padding_x - step.kernel_x)//sx + 1))
-    if sx > 2: x1 = x0
+    if sx > 2 or step.out_plane==1: x1 = x0 # A vector would reach into the planes of other threads.
     address = arena.ctypes.data
     for c in range(c0, c1):
         plane = step.source + c*step.source_plane
@@ -356,7 +362,7 @@ def _affine(step, item, arena, scales, biases):
         for i in range(n): arena[to+i] = _limit(arena[x+i]*scale + bias, low, high)
         if step.framed: _zero_frame(step, arena, c, 0, n)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #5b7d12fb
+# %% ../../nbs/deploy/41_kernels.ipynb #c1855cb4
 @intrinsic
 def _fetch_add(typingctx, counters, i, n):
     "Add `n` to `counters[i]`, and return the number before, without another thread in between"

@@ -11,8 +11,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/plan.html.md"""
 # %% auto #0
 __all__ = ['slab_bytes', 'least_weights', 'Node', 'Input', 'Conv', 'Pool', 'Add', 'Affine', 'Concat', 'Output', 'Planes', 'Plan']
 
-# %% ../../nbs/deploy/43_plan.ipynb #551ed8dd
-import numpy as np, torch
+# %% ../../nbs/deploy/43_plan.ipynb #31cfe821
+import numpy as np, time, torch
 from dataclasses import dataclass, field
 from math import inf
 from threading import Lock
@@ -20,7 +20,7 @@ from . import kernels
 from .kernels import counters_of_step, kinds, run, step_type, width
 from .workers import run_together
 
-# %% ../../nbs/deploy/43_plan.ipynb #a7167393
+# %% ../../nbs/deploy/43_plan.ipynb #be9c8bb6
 @dataclass(eq=False)
 class Node:
     "What is computed, from which other nodes"
@@ -90,7 +90,7 @@ class Output(Node):
 def _check_same(name, a, b):
     if a!=b: raise ValueError(f'{name} joins outputs of different shapes: {a} and {b}.')
 
-# %% ../../nbs/deploy/43_plan.ipynb #6f3d94ed
+# %% ../../nbs/deploy/43_plan.ipynb #e584903a
 def _round_up(n, m): return -(-n//m)*m
 
 @dataclass(eq=False)
@@ -129,7 +129,7 @@ class Planes:
     @property
     def size(self): return _round_up(self.n*self.plane, 16)
 
-# %% ../../nbs/deploy/43_plan.ipynb #73e0e3c9
+# %% ../../nbs/deploy/43_plan.ipynb #6bc909b0
 @dataclass(eq=False)
 class _Step:
     kind:str
@@ -234,9 +234,9 @@ class _Layout:
             size = max(size, out.start + out.size + margin)
         return size + max([o.stride for o in self._leader], default=0)*8
 
-# %% ../../nbs/deploy/43_plan.ipynb #26cad59d
+# %% ../../nbs/deploy/43_plan.ipynb #74718c78
 slab_bytes = 24*2**10 # What a slab may take of the first-level cache, which has 32 KiB or more
-least_weights = 8 # of a filter in a slab; with fewer, to store the sum and to load it costs more than it saves
+least_weights = 16 # of a filter in a slab; with fewer, to store the sum and to load it costs more than it saves
 
 class _Tables:
     "The numbers of all layers, one after another"
@@ -364,3 +364,22 @@ class Plan:
         run_together(_work, n_threads)
         with self._lock: self._free += arenas
         return outs
+
+    def layer_ms(self,
+        n_images:int, # Images of the whole input
+        seconds:float=.01 # To measure each layer
+    )->dict[str, float]: # {name: milliseconds} for each convolution
+        "How long each convolution takes: one thread computes one image; the time is scaled to all images and threads"
+        arena, times = self._arena(), {}
+        tensors = np.zeros((0, 2), np.int64)
+        for i,step in enumerate(self._layout.steps):
+            if step.kind!='conv': continue
+            calls, end = [], time.perf_counter() + seconds
+            while len(calls) < 3 or time.perf_counter() < end:
+                start = time.perf_counter()
+                run(self.steps[i:i+1], self.tables, arena, arena, tensors, 1, 1, np.zeros(8, np.int64))
+                calls.append(time.perf_counter() - start)
+            ms = 1000*float(np.median(calls)) * n_images/torch.get_num_threads()
+            times[step.node.name] = times.get(step.node.name, 0) + ms
+        with self._lock: self._free.append(arena)
+        return times
