@@ -5,6 +5,8 @@
 - `onecycle_prune.checkpoint`: What a checkpoint does not hold
 - `onecycle_prune.checks`: Checks of the scores, without waiting for the device
 - `onecycle_prune.criteria`: A score for each weight: how important it is
+- `onecycle_prune.deploy.compress`: Files as small as the weights that are left
+- `onecycle_prune.deploy.costs`: What a network costs: parameters, bytes, multiplications and milliseconds
 - `onecycle_prune.deploy.kernels`: The loops of a plan that numba compiles: they multiply by the weights that are not zero, and by no others
 - `onecycle_prune.deploy.plan`: A part of a network as one sequence of steps, which runs without returning to PyTorch in between
 - `onecycle_prune.deploy.regions`: Which parts of a network run as plans, and how they are found in it

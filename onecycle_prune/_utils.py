@@ -10,7 +10,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/utils.html.md"""
 __all__ = ['raise_unknown', 'explain_arguments', 'atomic_write']
 
 # %% ../nbs/00_utils.ipynb #e1ceacd1
-import os
+import os, shutil
 from difflib import get_close_matches
 from fastcore.docments import docments
 from functools import wraps
@@ -62,5 +62,10 @@ def atomic_write(
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id is in the name, so that two processes never write the same file.
     unfinished = path.with_name(f'unfinished-{os.getpid()}-{path.name}')
-    write(unfinished)
-    unfinished.replace(path)
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        if unfinished.is_dir(): shutil.rmtree(unfinished)
+        else: unfinished.unlink(missing_ok=True)
+        raise

@@ -9,12 +9,13 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/regions.html.md"""
 # %% auto #0
 __all__ = ['rows_of_chunk', 'plans_kept', 'trace', 'simplify', 'describe', 'Region', 'is_layer', 'layer_region', 'find_regions']
 
-# %% ../../nbs/deploy/44_regions.ipynb #f7d52bb0
+# %% ../../nbs/deploy/44_regions.ipynb #8c936b5d
 import copy, numpy as np, operator, torch, torch.nn.functional as F
 from collections import OrderedDict
 from fastcore.basics import ifnone
 from math import inf
-from .plan import Add, Affine, Concat, Conv, Input, Output, Plan, Pool
+from onecycle_prune.deploy.plan import (Activate, Add, Affine, Concat, Conv, Input, Multiply, Normalize, Output,
+    Plan, Pool)
 from threading import Lock
 from torch import fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
@@ -23,7 +24,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-# %% ../../nbs/deploy/44_regions.ipynb #675f87fc
+# %% ../../nbs/deploy/44_regions.ipynb #af1553f6
 def _has_hooks(module:nn.Module)->bool:
     "Whether a hook sees or changes what a module of `module` is given or returns"
     return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
@@ -63,7 +64,7 @@ def trace(
     with torch.no_grad(): ShapeProp(traced).propagate(*xs)
     return traced
 
-# %% ../../nbs/deploy/44_regions.ipynb #caf99ef7
+# %% ../../nbs/deploy/44_regions.ipynb #002582cc
 def _module(node):
     "The module that `node` calls, or None"
     return node.graph.owning_module.get_submodule(node.target) if node.op=='call_module' else None
@@ -124,7 +125,7 @@ def simplify(
     traced.recompile()
     return traced
 
-# %% ../../nbs/deploy/44_regions.ipynb #4e67d1c1
+# %% ../../nbs/deploy/44_regions.ipynb #a7f2fd2d
 def _two_dims(x, of_one_row):
     "A pair for rows and columns; sequences have one row"
     if not isinstance(x, (tuple, list)): return (of_one_row, x) if of_one_row is not None else (x, x)
@@ -160,9 +161,9 @@ def _pool(is_max, rank, kernel, stride=None, padding=0, dilation=1, ceil_mode=Fa
     of_one_row = [1, 1, 0, 1] if rank==3 else [None]*4
     stride = stride or kernel
     kernel, stride, padding, dilation = map(_two_dims, (kernel, stride, padding, dilation), of_one_row)
-    if ceil_mode or return_indices or divisor_override or max(dilation) > 1: return
-    if not is_max and max(padding) and not count_include_pad: return
-    return Pool, dict(is_max=is_max, kernel=kernel, stride=stride, padding=padding)
+    if return_indices or divisor_override or max(dilation) > 1: return
+    if not is_max and (ceil_mode or max(padding) and not count_include_pad): return
+    return Pool, dict(is_max=is_max, kernel=kernel, stride=stride, padding=padding, ceil=ceil_mode)
 
 def _adaptive(is_max, node, size, return_indices=False):
     sizes = set(size if isinstance(size, (tuple, list)) else [size])
@@ -185,6 +186,74 @@ def _limited(node):
 def _sum_of_two(node):
     if node.target not in (operator.add, operator.iadd, torch.add, 'add', 'add_') or len(node.args)!=2: return False
     return node.kwargs.get('alpha', 1)==1 and all(isinstance(o, fx.Node) and _shape(o)==_shape(node) for o in node.args)
+
+_activations = {
+    'sigmoid': (nn.Sigmoid, torch.sigmoid, F.sigmoid, 'sigmoid', 'sigmoid_'), 'silu': (nn.SiLU, F.silu),
+    'tanh': (nn.Tanh, torch.tanh, F.tanh, 'tanh', 'tanh_'), 'hardsigmoid': (nn.Hardsigmoid, F.hardsigmoid),
+    'hardswish': (nn.Hardswish, F.hardswish), 'leaky_relu': (nn.LeakyReLU, F.leaky_relu), 'elu': (nn.ELU, F.elu),
+    'gelu': (nn.GELU, F.gelu)}
+
+def _activated(node):
+    "The function that a node applies to each number, and its argument"
+    m, argument = _module(node), 0.
+    what = node.target if m is None else type(m) if not _has_hooks(m) else None
+    name = next((k for k,v in _activations.items() if what in v), None)
+    def _value(attribute, default): return _argument(node, 1, attribute, default) if m is None else getattr(m, attribute)
+    if name=='leaky_relu': argument = _value('negative_slope', .01)
+    if name=='elu': argument = _value('alpha', 1.)
+    if name=='gelu' and (node.kwargs.get('approximate', 'none') if m is None else m.approximate)=='tanh': name = 'gelu_tanh'
+    return name and (Activate, dict(function=name, argument=float(argument)))
+
+def _constant(node):
+    "The tensor of a node that only reads one, or None"
+    if not isinstance(node, fx.Node) or node.op!='get_attr': return
+    value = node.graph.owning_module
+    for name in node.target.split('.'): value = getattr(value, name)
+    return value.detach()
+
+def _product(node):
+    "`describe` for a product: of two outputs, or of an output and a parameter"
+    if node.target not in (operator.mul, operator.imul, torch.mul, 'mul', 'mul_') or len(node.args)!=2: return
+    shape, constants = _shape(node), [_constant(o) for o in node.args]
+    if all(o is None for o in constants) and all(isinstance(o, fx.Node) for o in node.args):
+        a, b = sorted(node.args, key=lambda o: -np.prod(_shape(o) or (0,)))
+        # Of one shape, or with one number for each channel of an image
+        if _shape(a)==shape and _shape(b) in (shape, (*shape[:2], 1, 1)): return Multiply, {}, [a, b]
+        return
+    for scale,source in zip(constants, reversed(node.args)):
+        if scale is None or not isinstance(source, fx.Node) or scale.numel()==1 or _shape(source)!=shape: continue
+        is_first = len(shape)==4 and scale.shape[-3:]==(shape[1], 1, 1)
+        is_last = scale.numel()==shape[-1]==scale.shape[-1]
+        if is_first!=is_last:
+            values = scale.flatten().numpy()
+            return Affine, dict(scale=values, shift=0*values, last=is_last), [source]
+
+def _layer_norm(node):
+    m = _module(node)
+    if m is not None:
+        if not _plain_type(m, nn.LayerNorm) or len(m.normalized_shape)!=1: return
+        weight, bias, eps = m.weight, m.bias, m.eps
+    elif node.target is F.layer_norm:
+        shape, weight, bias = [_argument(node, i, k) for i,k in ((1, 'normalized_shape'), (2, 'weight'), (3, 'bias'))]
+        eps = _argument(node, 4, 'eps', 1e-5)
+        if len(shape)!=1: return
+        given = [o for o in (weight, bias) if o is not None]
+        weight, bias = [o if o is None else _constant(o) for o in (weight, bias)]
+        if any(_constant(o) is None for o in given): return
+    else: return
+    n = _shape(node)[-1]
+    scale = np.ones(n, np.float32) if weight is None else weight.detach().numpy()
+    shift = np.zeros(n, np.float32) if bias is None else bias.detach().numpy()
+    return Normalize, dict(scale=scale, shift=shift, eps=eps)
+
+_orders = {(0, 2, 3, 1): 'to last', (0, 3, 1, 2): 'to first'}
+
+def _permuted(node):
+    if node.target not in (torch.permute, 'permute'): return
+    dims = node.args[1] if len(node.args)==2 else node.args[1:]
+    if not isinstance(dims, (tuple, list)): return
+    order = _orders.get(tuple(dims))
+    return order and (order, {})
 
 def _of_module(m, node, rank):
     "`describe` for a node that calls a module"
@@ -224,41 +293,56 @@ def describe(
     if is_concat: sources = list(node.args[0])
     elif is_sum: sources = list(node.args)
     if not all(isinstance(o, fx.Node) and _shape(o) is not None for o in sources): return
+    product = _product(node)
+    if product: return product
     limits = _limited(node)
     if limits: found = 'limit', dict(low=float(limits[0]), high=float(limits[1]))
     elif is_sum: found = Add, {}
     elif is_concat: found = Concat, {}
     elif node.target in (torch.flatten, 'flatten') or type(m).__name__=='Flatten':
         found = ('flatten', {}) if rank==2 and _shape(node)[0]==_shape(sources[0])[0] else None
-    else: found = _of_function(node, rank) if m is None else _of_module(m, node, rank)
+    else:
+        found = _activated(node) or _layer_norm(node) or _permuted(node)
+        found = found or (_of_function(node, rank) if m is None else _of_module(m, node, rank))
     return found and (*found, sources)
 
-# %% ../../nbs/deploy/44_regions.ipynb #b22e88bd
+# %% ../../nbs/deploy/44_regions.ipynb #767dae2b
 rows_of_chunk = 64
 
 def _kind(node, kinds):
-    "'image', 'rows', or None for PyTorch; `kinds` has those of earlier nodes"
+    """'image', 'image, channels last', 'rows', or None for PyTorch; `kinds` has those of earlier nodes. An image whose \
+channels are the last dimension is the same planes."""
     found = describe(node)
     if not found: return
     what, values, sources = found
-    shape = _shape(sources[0])
-    of_sources = {kinds[o] for o in sources if kinds.get(o)}
-    if isinstance(_module(node), nn.Linear): return 'image' if len(shape)==2 and of_sources=={'image'} else 'rows'
-    if what=='flatten': return 'image' if of_sources=={'image'} and all(n==1 for n in shape[2:]) else None
+    shape, of_sources = _shape(sources[0]), {kinds.get(o) for o in sources}
+    only = of_sources.copy().pop() if len(of_sources)==1 else None # the kind of all sources
+    is_first, is_last = only=='image', only=='image, channels last'
+    if what=='to last': return 'image, channels last' if is_first else None
+    if what=='to first': return 'image' if is_last else None
+    if isinstance(_module(node), nn.Linear) or what is Normalize or values.get('last'):
+        return only if is_last or is_first and len(shape)==2 and what is Conv else None if is_first else 'rows'
+    if what=='flatten': return 'image' if is_first and all(n==1 for n in shape[2:]) else None
+    if is_last: return only if what in ('limit', Add, Activate) or what is Multiply and _shape(sources[1])==shape else None
     if what in (Conv, Pool): return 'image' if len(shape) in (3, 4) else None
     if what is Affine and len(shape)==3: return 'image' # a batch norm of sequences
-    if len(shape)==4: return 'image'
-    if len(of_sources) > 1 or what is Concat and len(shape)==2 and of_sources!={'image'}: return
-    return of_sources.pop() if of_sources else 'rows' if what is Affine else None
+    if len(shape)==4: return 'image' if of_sources <= {None, 'image'} else None
+    known = of_sources - {None}
+    if len(known) > 1 or what is Concat and known!={'image'}: return
+    return known.pop() if known else 'rows' if what is Affine else None
 
 class _Support(OperatorSupportBase):
     def __init__(self, kinds, kind): self.kinds, self.kind = kinds, kind
-    def is_node_supported(self, submodules, node): return self.kinds.get(node)==self.kind
+    def is_node_supported(self, submodules, node): return (self.kinds.get(node) or '').startswith(self.kind)
 
-# %% ../../nbs/deploy/44_regions.ipynb #dfcdd5fc
+# %% ../../nbs/deploy/44_regions.ipynb #e3e97a26
 def _may_absorb(node, source):
     "Whether the plan's node `source` may do more, since only `node` reads its output"
     return len(node.users)==1 and isinstance(source, (Conv, Add, Affine)) and (source.low, source.high)==(-inf, inf)
+
+def _scale(conv, scale, shift):
+    "Let a convolution do what an affine node does after it"
+    conv.weight, conv.bias = conv.weight*scale[:, None, None, None], conv.bias*scale + shift
 
 def _join(nodes, name, sources, graph_sources):
     "The sum of two sources, as part of a convolution where that is possible"
@@ -278,34 +362,39 @@ def _plan_nodes(
     kind:str # 'image' or 'rows'
 )->tuple[list, str, list[int]]: # Nodes for `Plan`, `kind`, and the number of dimensions of each output
     "Translate a graph"
-    channels_last = kind=='rows'
     nodes, found = [], {}
     for node in graph.nodes:
-        if node.op=='placeholder': nodes.append(Input(node.name, channels_last=channels_last))
+        if node.op=='placeholder': nodes.append(Input(node.name, channels_last=kind=='rows'))
         elif node.op=='output':
             outs = node.args[0] if isinstance(node.args[0], (tuple, list)) else node.args
-            nodes += [Output(o.name, [found[o]], channels_last=channels_last) for o in outs]
+            nodes += [Output(o.name, [found[o]], channels_last=o.meta['channels_last']) for o in outs]
             return nodes, kind, [len(_shape(o)) for o in outs]
         else:
             what, values, graph_sources = describe(node)
             sources = [found[o] for o in graph_sources]
-            if what=='flatten':
+            if what in ('flatten', 'to last', 'to first'):
                 found[node] = sources[0]
                 continue
             if what is Add:
                 found[node] = _join(nodes, node.name, sources, graph_sources)
                 continue
+            values.pop('last', None)
+            if what is Affine and _may_absorb(graph_sources[0], sources[0]) and isinstance(sources[0], Conv):
+                if sources[0].other is None:
+                    _scale(sources[0], **values)
+                    found[node] = sources[0]
+                    continue
             if what=='limit':
                 if _may_absorb(graph_sources[0], sources[0]):
                     sources[0].low, sources[0].high = values['low'], values['high']
                     found[node] = sources[0]
                     continue
-                one = np.ones(_shape(node)[1 if kind=='image' else -1], np.float32)
+                one = np.ones(_shape(node)[-1 if node.meta['channels_last'] else 1], np.float32)
                 what, values = Affine, dict(values, scale=one, shift=0*one)
             nodes.append(what(str(node.target), sources, **values))
         found[node] = nodes[-1]
 
-# %% ../../nbs/deploy/44_regions.ipynb #188cdb74
+# %% ../../nbs/deploy/44_regions.ipynb #53d6caab
 plans_kept = 8 # Image sizes and the like for which a region keeps a plan
 
 class Region(nn.Module):
@@ -362,7 +451,7 @@ class Region(nn.Module):
             outs.append([o.reshape(-1, o.shape[-1]) for o in chunks])
         return [torch.cat(o).reshape(*lead, -1) if len(o) > 1 else o[0].reshape(*lead, o[0].shape[-1]) for o in zip(*outs)]
 
-# %% ../../nbs/deploy/44_regions.ipynb #1442c418
+# %% ../../nbs/deploy/44_regions.ipynb #04160b50
 def is_layer(
     m:nn.Module # Any module, or None
 )->bool:
@@ -401,6 +490,7 @@ def find_regions(
     for node in traced.graph.nodes:
         is_dense = is_layer(_module(node)) and node.target not in sparse
         kinds[node] = None if is_dense else _kind(node, kinds)
+        node.meta['channels_last'] = kinds[node]!='image' # for an output of a region
     for kind in 'image', 'rows':
         partitioner = CapabilityBasedPartitioner(traced, _Support(kinds, kind), allows_single_node_partition=True)
         partitions = [o for o in partitioner.propose_partitions() if any(n.target in sparse for n in o.nodes)]
