@@ -3,10 +3,10 @@ from .batchnorm import estimate_batchnorms
 from .callback import SparsifyCallback
 from .criteria import (Criteria, criteria, get_criteria, large_final, large_init, large_init_large_final,
     magnitude_increase, movement, needs_gradient, small_final, taylor, updating_movement)
-from .granularity import granularities
 from .deploy.compress import compress
 from .deploy.costs import costs, plot_costs
 from .deploy.speed_up import speed_up
+from .granularity import granularities
 from .report import plot_layers, sparsity_report
 from .schedule import (SchedAGP, SchedDSD, SchedIterative, SchedOneCycle, SchedOneShot, Schedule, agp, dsd,
     get_schedule, iterative, one_cycle, one_shot, plot_schedules, sched_agp, sched_dsd, sched_iterative,
@@ -15,8 +15,9 @@ from .sparsifier import Sparsifier
 
 # `cos`, `lin`, `conv`, `linear` and `random` stay in their modules, because scripts use these names for other things.
 __all__ = ['Criteria', 'SchedAGP', 'SchedDSD', 'SchedIterative', 'SchedOneCycle', 'SchedOneShot', 'Schedule',
-    'Sparsifier', 'SparsifyCallback', 'agp', 'compress', 'costs', 'criteria', 'dsd', 'estimate_batchnorms', 'get_criteria', 'get_schedule',
-    'granularities', 'iterative', 'large_final', 'large_init', 'large_init_large_final', 'magnitude_increase',
-    'movement', 'needs_gradient', 'one_cycle', 'one_shot', 'plot_costs', 'plot_layers', 'plot_schedules', 'sched_agp', 'sched_dsd',
-    'sched_iterative',
-    'sched_onecycle', 'sched_oneshot', 'schedules', 'small_final', 'sparsity_report', 'speed_up', 'taylor', 'updating_movement']
+    'Sparsifier', 'SparsifyCallback', 'agp', 'compress', 'costs', 'criteria', 'dsd', 'estimate_batchnorms',
+    'get_criteria', 'get_schedule', 'granularities', 'iterative', 'large_final', 'large_init',
+    'large_init_large_final', 'magnitude_increase', 'movement', 'needs_gradient', 'one_cycle', 'one_shot',
+    'plot_costs', 'plot_layers', 'plot_schedules', 'sched_agp', 'sched_dsd', 'sched_iterative',
+    'sched_onecycle', 'sched_oneshot', 'schedules', 'small_final', 'sparsity_report', 'speed_up', 'taylor',
+    'updating_movement']

@@ -9,21 +9,21 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/compress.html.md"""
 # %% auto #0
 __all__ = ['compress']
 
-# %% ../../nbs/deploy/40_compress.ipynb #0a03ea21
+# %% ../../nbs/deploy/40_compress.ipynb #88bb03b2
 import shutil, zipfile
 from .._utils import atomic_write
 from numbers import Integral
 from pathlib import Path
 
-# %% ../../nbs/deploy/40_compress.ipynb #270b7625
+# %% ../../nbs/deploy/40_compress.ipynb #7267bcea
 _chunk = 2**20 # Bytes that are read at once
 
 def _open(path):
     "The zip archive of PyTorch at `path`; raises `ValueError` if there is none"
     try: archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as e:
-        raise ValueError(f'{path} is no zip archive, or is not complete. compress takes what torch.save, learn.save and '
-            'learn.export write since PyTorch 1.6. A file in the older format becomes one: '
+        raise ValueError(f'{path} is no zip archive, or is not complete. compress takes what torch.save, learn.save '
+            'and learn.export write since PyTorch 1.6. A file in the older format becomes one: '
             'torch.save(torch.load(path), path).') from e
     names = archive.namelist()
     # All members lie in one folder, whose name is that of the file when it was saved.

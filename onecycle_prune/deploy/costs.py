@@ -9,7 +9,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/costs.html.md"""
 # %% auto #0
 __all__ = ['file_sizes', 'multiply_adds', 'costs', 'plot_costs']
 
-# %% ../../nbs/deploy/46_costs.ipynb #8e3a4493
+# %% ../../nbs/deploy/46_costs.ipynb #241d4e6a
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from copy import deepcopy
 from .compress import compress
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# %% ../../nbs/deploy/46_costs.ipynb #dc152d6a
+# %% ../../nbs/deploy/46_costs.ipynb #73b6414c
 def file_sizes(
     network:nn.Module # Its `state_dict` is written to a temporary folder
 )->tuple[float, float]: # MB (1e6 bytes) of the file that `torch.save` writes, and of the same compressed
@@ -46,7 +46,7 @@ def multiply_adds(
         if n and weight is not None and weight.ndim > 1: n_left -= n*int((weight==0).sum())//weight.numel()
     return n_all, n_left
 
-# %% ../../nbs/deploy/46_costs.ipynb #18129856
+# %% ../../nbs/deploy/46_costs.ipynb #c2496db8
 def _network(model):
     "The network of `model` in evaluation mode; a copy, if it is not in that mode"
     if isinstance(model, FastNetwork): return model
@@ -65,10 +65,15 @@ def costs(
     x, # A batch of inputs, a tensor or a tuple of tensors, on the device of the networks
     seconds:float=2. # To spend on timing, at least
 )->pd.DataFrame: # A row for each network
-    """Compare what networks cost. Columns: `parameters`; `nonzero`, those that are not zero; `MB` and `compressed MB`, \\
-the file of the weights as `torch.save` writes it and as `compress` does (1 MB is 1e6 bytes); `multiply-adds` of a call \\
-and `without zeros`; `ms`, the median time of a call, and `spread`, half the distance between the quartiles; `speed-up` \\
-over the first network. The networks take turns. Raises `ValueError` without networks."""
+    """Compare what networks cost. The networks take turns. Columns:
+
+    - `parameters`, and `nonzero`: those that are not zero
+    - `MB` and `compressed MB`: the file of the weights, as `torch.save` writes it and as `compress` does (1e6 bytes)
+    - `multiply-adds` of a call, and `without zeros`: those left if zeros are skipped
+    - `ms`: the median time of a call, and `spread`: half the distance between the quartiles
+    - `speed-up` over the first network
+
+    Raises `ValueError` without networks."""
     if not isinstance(models, dict) or not models:
         raise ValueError(f'models is a dictionary of labels to networks, got {models!r}.')
     xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
@@ -90,14 +95,14 @@ def _time(times):
     low, median, high = np.quantile(times, [.25, .5, .75])
     return dict(ms=median, spread=(high-low)/2)
 
-# %% ../../nbs/deploy/46_costs.ipynb #291886da
+# %% ../../nbs/deploy/46_costs.ipynb #4d1bf3ec
 def plot_costs(
     table:pd.DataFrame, # As `costs` returns it
     axes=None # Three Matplotlib axes; without them, new ones
 ): # The axes
     "Draw the size of the file, the multiply-adds and the time of each network as bars"
     if axes is None: _, axes = plt.subplots(1, 3, figsize=(10, 1 + .4*len(table)), sharey=True)
-    columns = {'compressed MB': 'MB, compressed', 'without zeros': 'multiply-adds of nonzero weights', 'ms': 'milliseconds'}
+    columns = {'compressed MB': 'MB, compressed', 'without zeros': 'multiply-adds of nonzero weights', 'ms': 'ms'}
     for ax,(column,label) in zip(axes, columns.items()):
         error = table.spread if column=='ms' else None
         bars = ax.barh(table.index, table[column], xerr=error)

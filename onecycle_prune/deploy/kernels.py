@@ -14,23 +14,24 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/kernels.html.md"""
 __all__ = ['width', 'kinds', 'load', 'split', 'conv', 'max_pool', 'mean_pool', 'add', 'multiply', 'affine', 'activate',
            'normalize', 'store', 'step_type', 'activations', 'positions_of_item', 'counters_of_step', 'run']
 
-# %% ../../nbs/deploy/41_kernels.ipynb #f46385a0
+# %% ../../nbs/deploy/41_kernels.ipynb #44b6c135
 import numpy as np, os
 from llvmlite import binding, ir
 from numba import carray, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# %% ../../nbs/deploy/41_kernels.ipynb #4c2fc56c
+# %% ../../nbs/deploy/41_kernels.ipynb #ed6337a9
 def _has_avx512()->bool:
     "Whether numba compiles for AVX-512; its environment variables can hold it to less"
     if config.CPU_FEATURES is not None: return '+avx512f' in config.CPU_FEATURES
-    if config.CPU_NAME not in (None, 'host'): return any(o in config.CPU_NAME for o in ('avx512', 'lake', 'znver4', 'znver5', 'rapids'))
+    if config.CPU_NAME not in (None, 'host'):
+        return any(o in config.CPU_NAME for o in ('avx512', 'lake', 'rapids', 'znver4', 'znver5'))
     return bool(binding.get_host_cpu_features().get('avx512f'))
 
 width = 128 if _has_avx512() else 64 # outputs of a block
 
-# %% ../../nbs/deploy/41_kernels.ipynb #1a3ec22b
+# %% ../../nbs/deploy/41_kernels.ipynb #06fbb335
 kinds = 'load', 'split', 'conv', 'max_pool', 'mean_pool', 'add', 'multiply', 'affine', 'activate', 'normalize', 'store'
 load, split, conv, max_pool, mean_pool, add, multiply, affine, activate, normalize, store = range(len(kinds))
 
@@ -42,7 +43,7 @@ _fields = '''kind n_items channels_of_item blocks_of_item n_channels n_positions
 step_type = np.dtype([(name, np.int64) for name in _fields] + [(name, np.float32) for name in ('low', 'high', 'scale')],
     align=True)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #4293e63b
+# %% ../../nbs/deploy/41_kernels.ipynb #4c4e7f3e
 _f32, _i32, _i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 def _at(builder, address, what): return builder.inttoptr(address, what.as_pointer())
@@ -86,7 +87,7 @@ def _weighted_sum(n:int):
 
 _sum_1, _sum_2, _sum_4, _sum_8 = (_weighted_sum(width//n) for n in (1, 2, 4, 8))
 
-# %% ../../nbs/deploy/41_kernels.ipynb #5ca5eeec
+# %% ../../nbs/deploy/41_kernels.ipynb #a0b18590
 def _window(is_max:bool, stride:int):
     "The function that computes 8 neighbouring outputs of a pooling: maximum or sum over a window"
     out_vector, vector = ir.VectorType(_f32, 8), ir.VectorType(_f32, 8*stride)
@@ -118,7 +119,7 @@ def _window(is_max:bool, stride:int):
 
 _max_window_1, _max_window_2, _sum_window_1, _sum_window_2 = (_window(m, s) for m in (True, False) for s in (1, 2))
 
-# %% ../../nbs/deploy/41_kernels.ipynb #3bc3e5ba
+# %% ../../nbs/deploy/41_kernels.ipynb #09980a5f
 @intrinsic
 def _split_16(typingctx, source, even, odd):
     "Copy 16 neighbours: those at even places to `even`, the others to `odd`"
@@ -130,7 +131,7 @@ def _split_16(typingctx, source, even, odd):
         return context.get_dummy_value()
     return types.void(*[types.int64]*3), _codegen
 
-# %% ../../nbs/deploy/41_kernels.ipynb #21d06cc8
+# %% ../../nbs/deploy/41_kernels.ipynb #38d10cb8
 @njit
 def _sum_scalar(arena, source, offsets, weights, start, stop):
     "The sum over the weights of a filter at one position"
@@ -220,7 +221,7 @@ def _conv(step, item, arena, offsets, weights, starts, biases):
     if step.framed:
         for f in range(f0, f1): _zero_frame(step, arena, f, first, last)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #8d0e7821
+# %% ../../nbs/deploy/41_kernels.ipynb #0d2d0551
 # A loop over a slice becomes vector instructions; one over places in the whole memory does not.
 @njit
 def _zero(arena, start, stop):
@@ -248,7 +249,7 @@ def _zero_frame(step, arena, plane, first, last):
         _zero(arena, base + max(y*stride + columns, first), base + min((y+1)*stride, last))
     if last==step.n_positions: _zero(arena, base+last, base-step.out_lead+step.out_plane)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #6e137253
+# %% ../../nbs/deploy/41_kernels.ipynb #0fbfa3f6
 @njit
 def _split_row(values, first, n_columns, stride, phase, arena, row, end):
     "Copy each `stride`-th number of a row, from the one at place `phase` on, and zeros after the last"
@@ -316,7 +317,7 @@ def _store(step, item, arena, values, to):
             at = step.source + c*step.source_plane + y*step.source_stride
             _copy(arena, at, 1, values, first, step.source_columns)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #ce8171b6
+# %% ../../nbs/deploy/41_kernels.ipynb #37034be3
 @njit
 def _window_scalar(step, arena, plane, y, x):
     "The result of a pooling at one position, where the window may reach over the border"
@@ -368,7 +369,9 @@ def _multiply(x, y, out, low, high):
 def _affine(x, scale, shift, out, low, high):
     for i in range(len(out)): out[i] = _limit(x[i]*scale + shift, low, high)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #b1e5e17b
+# %% ../../nbs/deploy/41_kernels.ipynb #7c60a859
+_njit = njit(error_model='numpy')
+
 @intrinsic
 def _power_of_two(typingctx, n):
     "2 to the power of `n`, a whole number as float32, from -126 to 127"
@@ -377,51 +380,53 @@ def _power_of_two(typingctx, n):
         return builder.bitcast(builder.shl(exponent, ir.Constant(_i32, 23)), _f32)
     return types.float32(types.float32), _codegen
 
-@njit
+@_njit
 def _exp(x):
     x = _limit(x, np.float32(-87), np.float32(88))
     # Adding and subtracting this rounds to a whole number.
     n = (x*np.float32(1.44269504) + np.float32(12582912)) - np.float32(12582912)
     r = x - n*np.float32(.693359375) + n*np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1): p = p*r + np.float32(c)
+    p = np.float32(1.9875691500e-4)*r + np.float32(1.3981999507e-3)
+    p = (p*r + np.float32(8.3334519073e-3))*r + np.float32(4.1665795894e-2)
+    p = (p*r + np.float32(1.6666665459e-1))*r + np.float32(5.0000001201e-1)
     return (p*r*r + r + np.float32(1))*_power_of_two(n)
 
-@njit
+@_njit
 def _sigmoid(x, a): return np.float32(1)/(np.float32(1) + _exp(-x))
-@njit
+@_njit
 def _silu(x, a): return x*_sigmoid(x, a)
-@njit
+@_njit
 def _tanh(x, a): return np.float32(2)*_sigmoid(np.float32(2)*x, a) - np.float32(1)
-@njit
+@_njit
 def _hardsigmoid(x, a): return _limit(x/np.float32(6) + np.float32(.5), np.float32(0), np.float32(1))
-@njit
+@_njit
 def _hardswish(x, a): return x*_hardsigmoid(x, a)
-@njit
+@_njit
 def _leaky_relu(x, a): return x if x > 0 else a*x
-@njit
+@_njit
 def _elu(x, a): return x if x > 0 else a*(_exp(x) - np.float32(1))
-@njit
+@_njit
 def _gelu_tanh(x, a):
     return x*_sigmoid(np.float32(1.5957691216)*(x + np.float32(.044715)*x*x*x), a)
-@njit
+@_njit
 def _gelu(x, a):
     z = abs(x)*np.float32(.70710678)
     t = np.float32(1)/(np.float32(1) + np.float32(.3275911)*z)
-    p = np.float32(1.061405429)
-    for c in (-1.453152027, 1.421413741, -.284496736, .254829592): p = p*t + np.float32(c)
+    p = (np.float32(1.061405429)*t + np.float32(-1.453152027))*t + np.float32(1.421413741)
+    p = (p*t + np.float32(-.284496736))*t + np.float32(.254829592)
     erf = np.float32(1) - p*t*_exp(-z*z)
     return np.float32(.5)*x*(np.float32(1) + (erf if x > 0 else -erf))
 
 def _loop(f):
-    @njit
+    @_njit
     def _run(x, a, out):
         for i in range(len(out)): out[i] = f(x[i], a)
     return _run
 
 activations = 'sigmoid', 'silu', 'tanh', 'hardsigmoid', 'hardswish', 'leaky_relu', 'elu', 'gelu_tanh', 'gelu'
-(_loop_sigmoid, _loop_silu, _loop_tanh, _loop_hardsigmoid, _loop_hardswish, _loop_leaky_relu, _loop_elu, _loop_gelu_tanh,
-    _loop_gelu) = map(_loop, (_sigmoid, _silu, _tanh, _hardsigmoid, _hardswish, _leaky_relu, _elu, _gelu_tanh, _gelu))
+_loop_sigmoid, _loop_silu, _loop_tanh, _loop_hardsigmoid = map(_loop, (_sigmoid, _silu, _tanh, _hardsigmoid))
+_loop_hardswish, _loop_leaky_relu, _loop_elu = map(_loop, (_hardswish, _leaky_relu, _elu))
+_loop_gelu_tanh, _loop_gelu = map(_loop, (_gelu_tanh, _gelu))
 
 @njit
 def _activate(x, function, a, out):
@@ -450,10 +455,10 @@ def _elementwise(step, item, arena, scales, shifts):
         else: _multiply(x, arena[other:other+n], out, step.low, step.high)
         if step.framed: _zero_frame(step, arena, c, 0, n)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #8396c928
+# %% ../../nbs/deploy/41_kernels.ipynb #68edbfcc
 positions_of_item = 64
 
-@njit
+@_njit
 def _normalize(step, item, arena, scales, shifts):
     first = item*positions_of_item
     n = min(positions_of_item, step.n_positions-first)
@@ -473,7 +478,7 @@ def _normalize(step, item, arena, scales, shifts):
         for i in range(n): out[i] = (x[i]-mean[i])*var[i]*scale + shift
         if step.framed: _zero_frame(step, arena, c, first, first+n)
 
-# %% ../../nbs/deploy/41_kernels.ipynb #0f44e41a
+# %% ../../nbs/deploy/41_kernels.ipynb #aba05cd7
 @intrinsic
 def _fetch_add(typingctx, counters, i, n):
     "Add `n` to `counters[i]`, and return the number before, without another thread in between"
@@ -493,7 +498,8 @@ def _read(typingctx, counters, i):
 @intrinsic
 def _pointer(typingctx, address):
     "An integer as an address"
-    return types.voidptr(types.int64), lambda context, builder, signature, args: builder.inttoptr(args[0], cgutils.voidptr_t)
+    def _codegen(context, builder, signature, args): return builder.inttoptr(args[0], cgutils.voidptr_t)
+    return types.voidptr(types.int64), _codegen
 
 if os.name=='nt':
     @njit

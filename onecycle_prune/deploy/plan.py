@@ -12,7 +12,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/plan.html.md"""
 __all__ = ['slab_bytes', 'least_weights', 'Node', 'Input', 'Conv', 'Pool', 'Add', 'Multiply', 'Activate', 'Normalize', 'Affine',
            'Concat', 'Output', 'Planes', 'Plan']
 
-# %% ../../nbs/deploy/43_plan.ipynb #480a47b1
+# %% ../../nbs/deploy/43_plan.ipynb #21a06a93
 import numpy as np, time, torch
 from dataclasses import dataclass, field
 from math import inf
@@ -20,7 +20,7 @@ from threading import Lock
 from .kernels import activations, counters_of_step, kinds, positions_of_item, run, step_type, width
 from .workers import run_together
 
-# %% ../../nbs/deploy/43_plan.ipynb #01d7c8fc
+# %% ../../nbs/deploy/43_plan.ipynb #0dcff673
 @dataclass(eq=False)
 class Node:
     "What is computed, from which other nodes"
@@ -115,7 +115,7 @@ class Output(Node):
 def _check_same(name, a, b):
     if a!=b: raise ValueError(f'{name} joins outputs of different shapes: {a} and {b}.')
 
-# %% ../../nbs/deploy/43_plan.ipynb #8fc7c504
+# %% ../../nbs/deploy/43_plan.ipynb #02667763
 def _round_up(n, m): return -(-n//m)*m
 
 @dataclass(eq=False)
@@ -154,7 +154,7 @@ class Planes:
     @property
     def size(self): return _round_up(self.n*self.plane, 16)
 
-# %% ../../nbs/deploy/43_plan.ipynb #6b26f749
+# %% ../../nbs/deploy/43_plan.ipynb #9f818930
 @dataclass(eq=False)
 class _Step:
     kind:str
@@ -214,7 +214,8 @@ class _Layout:
         source.reserve(-top, out.rows + bottom - source.rows, -left, out.columns + right - source.columns)
         self._same_stride(source, out, *filter(None, [other]))
 
-    def _pool(self, node): self._add_step('max_pool' if node.is_max else 'mean_pool', node, self.planes(node.sources[0]))
+    def _pool(self, node):
+        self._add_step('max_pool' if node.is_max else 'mean_pool', node, self.planes(node.sources[0]))
 
     def _add(self, node):
         a, b = map(self.planes, node.sources)
@@ -266,13 +267,15 @@ class _Layout:
             size = max(size, out.start + out.size + margin)
         return size + max([o.stride for o in self._leader], default=0)*8
 
-# %% ../../nbs/deploy/43_plan.ipynb #67083ced
+# %% ../../nbs/deploy/43_plan.ipynb #ca45ef0b
 slab_bytes = 24*2**10 # What a slab may take of the first-level cache, which has 32 KiB or more
 least_weights = 16 # of a filter in a slab; with fewer, to store the sum and to load it costs more than it saves
 
 class _Tables:
     "The numbers of all layers, one after another"
-    def __init__(self): self.offsets, self.weights, self.starts, self.biases, self.scales, self.shifts = [[] for _ in range(6)]
+    def __init__(self):
+        for name in ('offsets', 'weights', 'starts', 'biases', 'scales', 'shifts'): setattr(self, name, [])
+
     def add_conv(self, node, source, n_slabs):
         weight, (sy, sx) = node.weight, node.stride
         f, c, ky, kx = np.nonzero(weight)
@@ -284,26 +287,31 @@ class _Tables:
         plane = (channel*sy + y%sy)*sx + x%sx
         offset = 4*(plane*source.plane + y//sy*source.stride + x//sx)
         if len(offset) and offset.max() >= 2**31: raise ValueError(f'The input of {node.name} is too large.')
-        starts = np.searchsorted(slab*len(weight) + f, np.arange(n_slabs)[:,None]*len(weight) + np.arange(len(weight)+1))
+        n = len(weight)
+        starts = np.searchsorted(slab*n + f, np.arange(n_slabs)[:,None]*n + np.arange(n+1))
         first = sum(map(len, self.weights)), sum(map(len, self.starts)), sum(map(len, self.biases))
         self.offsets.append(offset.astype(np.int32))
         self.weights.append(weight[f, c, ky, kx])
         self.starts.append(first[0] + starts.ravel())
         self.biases.append(node.bias)
         return first[1:]
+
     def add_scale(self, node):
         first = sum(map(len, self.scales))
         self.scales.append(node.scale)
         self.shifts.append(node.shift)
         return first
+
     def arrays(self):
         types = dict(offsets=np.int32, starts=np.int64)
-        return tuple(np.concatenate([np.zeros(0), *o]).astype(types.get(name, np.float32)) for name,o in vars(self).items())
+        arrays = {name: np.concatenate([np.zeros(0), *o]) for name,o in vars(self).items()}
+        return tuple(o.astype(types.get(name, np.float32)) for name,o in arrays.items())
 
 def _n_slabs(node, source):
     "Into how many slabs the channels of a convolution are divided"
     if node.groups > 1 or source.is_vector: return 1
-    reach = sum(d*(k-1)//s*step for k,s,d,step in zip(node.weight.shape[2:], node.stride, node.dilation, (source.stride, 1)))
+    sizes = zip(node.weight.shape[2:], node.stride, node.dilation, (source.stride, 1))
+    reach = sum(d*(k-1)//s*step for k,s,d,step in sizes)
     n_bytes = 4*source.n*(min(width, source.n_positions) + reach)
     return int(max(1, min(-(-n_bytes//slab_bytes), np.count_nonzero(node.weight)/len(node.weight)//least_weights)))
 
@@ -316,8 +324,8 @@ class Plan:
         inputs = [o for o in nodes if isinstance(o, Input)]
         self.shapes = dict(zip(inputs, shapes))
         for o in nodes:
-            others = [o.other] if isinstance(o, Conv) and o.other else []
-            if o not in self.shapes: self.shapes[o] = tuple(map(int, o.shape(*[self.shapes[s] for s in o.sources + others])))
+            sources = o.sources + ([o.other] if isinstance(o, Conv) and o.other else [])
+            if o not in self.shapes: self.shapes[o] = tuple(map(int, o.shape(*[self.shapes[s] for s in sources])))
             if min(self.shapes[o]) < 1: raise ValueError(f'The output of {o.name} is empty: {self.shapes[o]}.')
         self.outputs = [o for o in nodes if isinstance(o, Output)]
         self._layout = _Layout(nodes, self.shapes)

@@ -9,10 +9,11 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/regions.html.md"""
 # %% auto #0
 __all__ = ['rows_of_chunk', 'plans_kept', 'trace', 'simplify', 'describe', 'Region', 'is_layer', 'layer_region', 'find_regions']
 
-# %% ../../nbs/deploy/44_regions.ipynb #8c936b5d
+# %% ../../nbs/deploy/44_regions.ipynb #8db7f46c
 import copy, numpy as np, operator, torch, torch.nn.functional as F
 from collections import OrderedDict
 from fastcore.basics import ifnone
+from inspect import signature
 from math import inf
 from onecycle_prune.deploy.plan import (Activate, Add, Affine, Concat, Conv, Input, Multiply, Normalize, Output,
     Plan, Pool)
@@ -21,10 +22,9 @@ from torch import fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-# %% ../../nbs/deploy/44_regions.ipynb #af1553f6
+# %% ../../nbs/deploy/44_regions.ipynb #6309f246
 def _has_hooks(module:nn.Module)->bool:
     "Whether a hook sees or changes what a module of `module` is given or returns"
     return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
@@ -64,7 +64,7 @@ def trace(
     with torch.no_grad(): ShapeProp(traced).propagate(*xs)
     return traced
 
-# %% ../../nbs/deploy/44_regions.ipynb #002582cc
+# %% ../../nbs/deploy/44_regions.ipynb #69ee00c7
 def _module(node):
     "The module that `node` calls, or None"
     return node.graph.owning_module.get_submodule(node.target) if node.op=='call_module' else None
@@ -75,9 +75,11 @@ def _shape(node):
 
 def _is_in_place(node):
     if node.op=='call_module': return bool(getattr(_module(node), 'inplace', False))
-    if node.op=='call_method': return node.target.endswith('_') and not node.target.startswith('__')
-    in_place = operator.iadd, operator.imul, operator.isub, operator.itruediv
-    return node.target in in_place or bool(node.kwargs.get('inplace'))
+    name = node.target if node.op=='call_method' else getattr(node.target, '__name__', '')
+    if name.endswith('_') and not name.endswith('__'): return True
+    if node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv): return True
+    try: return bool(signature(node.target).bind(*node.args, **node.kwargs).arguments.get('inplace'))
+    except (TypeError, ValueError): return False # a function without a Python signature
 
 def _read_outputs(graph):
     "Let what follows an operation in place read its output"
@@ -85,9 +87,11 @@ def _read_outputs(graph):
     for node in graph.nodes:
         if node.op in ('placeholder', 'get_attr', 'output') or not _is_in_place(node): continue
         if not node.args or not isinstance(node.args[0], fx.Node): continue
-        node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
+        def _follows(user, place=order[node]): return order[user] > place
+        node.args[0].replace_all_uses_with(node, delete_user_cb=_follows)
 
-def _argument(node, i, name, default=None): return node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
+def _argument(node, i, name, default=None):
+    return node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
 
 def _is_identity(node):
     m, name = _module(node), getattr(node.target, '__name__', '')
@@ -125,7 +129,7 @@ def simplify(
     traced.recompile()
     return traced
 
-# %% ../../nbs/deploy/44_regions.ipynb #a7f2fd2d
+# %% ../../nbs/deploy/44_regions.ipynb #4a2af87b
 def _two_dims(x, of_one_row):
     "A pair for rows and columns; sequences have one row"
     if not isinstance(x, (tuple, list)): return (of_one_row, x) if of_one_row is not None else (x, x)
@@ -198,10 +202,12 @@ def _activated(node):
     m, argument = _module(node), 0.
     what = node.target if m is None else type(m) if not _has_hooks(m) else None
     name = next((k for k,v in _activations.items() if what in v), None)
-    def _value(attribute, default): return _argument(node, 1, attribute, default) if m is None else getattr(m, attribute)
+    def _value(name, default): return _argument(node, 1, name, default) if m is None else getattr(m, name)
     if name=='leaky_relu': argument = _value('negative_slope', .01)
     if name=='elu': argument = _value('alpha', 1.)
-    if name=='gelu' and (node.kwargs.get('approximate', 'none') if m is None else m.approximate)=='tanh': name = 'gelu_tanh'
+    if name=='gelu':
+        how = node.kwargs.get('approximate', 'none') if m is None else m.approximate
+        if how=='tanh': name = 'gelu_tanh'
     return name and (Activate, dict(function=name, argument=float(argument)))
 
 def _constant(node):
@@ -263,8 +269,8 @@ def _of_module(m, node, rank):
     if _plain_type(m, nn.MaxPool1d, nn.MaxPool2d):
         return _pool(True, rank, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
     if _plain_type(m, nn.AvgPool1d, nn.AvgPool2d):
-        divisor = getattr(m, 'divisor_override', None)
-        return _pool(False, rank, m.kernel_size, m.stride, m.padding, 1, m.ceil_mode, False, m.count_include_pad, divisor)
+        return _pool(False, rank, m.kernel_size, m.stride, m.padding, 1, m.ceil_mode,
+            count_include_pad=m.count_include_pad, divisor_override=getattr(m, 'divisor_override', None))
     if _plain_type(m, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d): return _adaptive(False, node, m.output_size)
     if _plain_type(m, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d):
         return _adaptive(True, node, m.output_size, m.return_indices)
@@ -275,7 +281,8 @@ def _of_function(node, rank):
         return _adaptive(False, node, _argument(node, 1, 'output_size'))
     if node.target in (F.max_pool2d, F.max_pool1d, F.avg_pool2d, F.avg_pool1d):
         names = ['kernel', 'stride', 'padding'][:len(node.args)-1]
-        given = dict(zip(names, node.args[1:])) | {k.replace('kernel_size', 'kernel'): v for k,v in node.kwargs.items()}
+        given = dict(zip(names, node.args[1:]))
+        given |= {k.replace('kernel_size', 'kernel'): v for k,v in node.kwargs.items()}
         if len(node.args) <= 4: return _pool('max' in node.target.__name__, rank, **given)
     if node.target in ('mean', torch.mean) and len(_shape(node.args[0]))==4:
         dims = _argument(node, 1, 'dim')
@@ -306,12 +313,12 @@ def describe(
         found = found or (_of_function(node, rank) if m is None else _of_module(m, node, rank))
     return found and (*found, sources)
 
-# %% ../../nbs/deploy/44_regions.ipynb #767dae2b
+# %% ../../nbs/deploy/44_regions.ipynb #d93cc313
 rows_of_chunk = 64
 
 def _kind(node, kinds):
-    """'image', 'image, channels last', 'rows', or None for PyTorch; `kinds` has those of earlier nodes. An image whose \
-channels are the last dimension is the same planes."""
+    """'image', 'image, channels last', 'rows', or None for PyTorch; `kinds` has those of earlier nodes. \
+The planes are the same, whether channels come first or last."""
     found = describe(node)
     if not found: return
     what, values, sources = found
@@ -323,7 +330,9 @@ channels are the last dimension is the same planes."""
     if isinstance(_module(node), nn.Linear) or what is Normalize or values.get('last'):
         return only if is_last or is_first and len(shape)==2 and what is Conv else None if is_first else 'rows'
     if what=='flatten': return 'image' if is_first and all(n==1 for n in shape[2:]) else None
-    if is_last: return only if what in ('limit', Add, Activate) or what is Multiply and _shape(sources[1])==shape else None
+    if is_last:
+        is_same = what in ('limit', Add, Activate) or what is Multiply and _shape(sources[1])==shape
+        return only if is_same else None
     if what in (Conv, Pool): return 'image' if len(shape) in (3, 4) else None
     if what is Affine and len(shape)==3: return 'image' # a batch norm of sequences
     if len(shape)==4: return 'image' if of_sources <= {None, 'image'} else None
@@ -335,7 +344,7 @@ class _Support(OperatorSupportBase):
     def __init__(self, kinds, kind): self.kinds, self.kind = kinds, kind
     def is_node_supported(self, submodules, node): return (self.kinds.get(node) or '').startswith(self.kind)
 
-# %% ../../nbs/deploy/44_regions.ipynb #e3e97a26
+# %% ../../nbs/deploy/44_regions.ipynb #e8912100
 def _may_absorb(node, source):
     "Whether the plan's node `source` may do more, since only `node` reads its output"
     return len(node.users)==1 and isinstance(source, (Conv, Add, Affine)) and (source.low, source.high)==(-inf, inf)
@@ -358,7 +367,7 @@ def _join(nodes, name, sources, graph_sources):
     return nodes[-1]
 
 def _plan_nodes(
-    graph:fx.Graph, # All nodes between inputs and output are described by `describe`
+    graph:fx.Graph, # `meta['plan']` of each node between inputs and outputs has what `describe` says of it
     kind:str # 'image' or 'rows'
 )->tuple[list, str, list[int]]: # Nodes for `Plan`, `kind`, and the number of dimensions of each output
     "Translate a graph"
@@ -370,7 +379,8 @@ def _plan_nodes(
             nodes += [Output(o.name, [found[o]], channels_last=o.meta['channels_last']) for o in outs]
             return nodes, kind, [len(_shape(o)) for o in outs]
         else:
-            what, values, graph_sources = describe(node)
+            what, values, places = node.meta['plan']
+            values, graph_sources = values.copy(), [node.all_input_nodes[i] for i in places]
             sources = [found[o] for o in graph_sources]
             if what in ('flatten', 'to last', 'to first'):
                 found[node] = sources[0]
@@ -394,7 +404,7 @@ def _plan_nodes(
             nodes.append(what(str(node.target), sources, **values))
         found[node] = nodes[-1]
 
-# %% ../../nbs/deploy/44_regions.ipynb #53d6caab
+# %% ../../nbs/deploy/44_regions.ipynb #57f18b98
 plans_kept = 8 # Image sizes and the like for which a region keeps a plan
 
 class Region(nn.Module):
@@ -406,7 +416,12 @@ class Region(nn.Module):
         fallback # Function of the same inputs, for shapes that a plan cannot take
     ):
         super().__init__()
-        self.nodes, self.kind, self.ranks = nodes, kind, ranks
+        self.kind, self.ranks = kind, ranks
+        # A parameter that a node multiplies by is in the node already.
+        read = {s for o in nodes for s in (*o.sources, getattr(o, 'other', None))}
+        inputs = [o for o in nodes if isinstance(o, Input)]
+        self.read = [i for i,o in enumerate(inputs) if o in read]
+        self.nodes = [o for o in nodes if o in read or not isinstance(o, Input)]
         self.__dict__['fallback'] = fallback # not a part of the network
         self._plans, self._lock = OrderedDict(), Lock()
 
@@ -422,12 +437,15 @@ class Region(nn.Module):
 
     @torch.no_grad()
     def forward(self, *xs):
-        outs = (self._images if self.kind=='image' else self._rows)([x.as_subclass(torch.Tensor).detach() for x in xs])
+        inputs = self.inputs(xs)
+        outs = self._images(inputs) if self.kind=='image' else self._rows(inputs)
         if outs is None: return self.fallback(*xs)
         return outs[0] if len(outs)==1 else tuple(outs)
 
+    def inputs(self, xs): return [xs[i].as_subclass(torch.Tensor).detach() for i in self.read]
+
     def shapes(self, xs):
-        "Channels, rows and columns of each input, as the first plan of `forward` takes them"
+        "Channels, rows and columns of each of the `inputs`, as the first plan of `forward` takes them"
         if self.kind=='rows': return tuple((x.shape[-1], 1, min(rows_of_chunk, x[..., 0].numel())) for x in xs)
         return tuple((x.shape[1], *((1, 1) + tuple(x.shape[2:]))[-2:]) for x in xs)
 
@@ -449,9 +467,10 @@ class Region(nn.Module):
             if plan is None: return
             chunks = plan(*[x[start:stop].reshape(-1, 1, rows, x.shape[-1]) for x in xs])
             outs.append([o.reshape(-1, o.shape[-1]) for o in chunks])
-        return [torch.cat(o).reshape(*lead, -1) if len(o) > 1 else o[0].reshape(*lead, o[0].shape[-1]) for o in zip(*outs)]
+        outs = [torch.cat(o) if len(o) > 1 else o[0] for o in zip(*outs)]
+        return [o.reshape(*lead, o.shape[-1]) for o in outs]
 
-# %% ../../nbs/deploy/44_regions.ipynb #04160b50
+# %% ../../nbs/deploy/44_regions.ipynb #e094d8ba
 def is_layer(
     m:nn.Module # Any module, or None
 )->bool:
@@ -472,13 +491,39 @@ def layer_region(
     rank = 2 if kind=='rows' else m.weight.ndim
     return Region([source, layer, Output('out', [layer], channels_last=kind=='rows')], kind, [rank], m)
 
+class _SelfAttention(nn.Module):
+    "The `forward` of a `nn.MultiheadAttention` whose projections skip their zeros"
+    def __init__(self, m, name):
+        super().__init__()
+        self.__dict__['m'] = m # not a part of the network
+        project = nn.Linear(m.embed_dim, 3*m.embed_dim, device='meta')
+        project.weight, project.bias = m.in_proj_weight, m.in_proj_bias
+        self.project_in = layer_region(project, f'{name}.in_proj')
+        self.project_out = layer_region(m.out_proj, f'{name}.out_proj')
+
+    @staticmethod
+    def supports(m):
+        plain = type(m).forward is nn.MultiheadAttention.forward and not _has_hooks(m)
+        return plain and m._qkv_same_embed_dim and m.batch_first and m.bias_k is None and not m.add_zero_attn
+
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, **kwargs):
+        masks = [o for o in (key_padding_mask, attn_mask) if o is not None]
+        if masks or need_weights or kwargs or not query is key is value or query.ndim!=3:
+            return type(self.m).forward(self.m, query, key, value, key_padding_mask, need_weights, attn_mask, **kwargs)
+        def _heads(x): return x.unflatten(-1, (self.m.num_heads, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(*map(_heads, self.project_in(query).chunk(3, -1)))
+        return self.project_out(y.transpose(1, 2).flatten(2)), None
+
 def _replace_inside(module, prefix, sparse):
     "A copy of `module` whose layers that `sparse` names skip their zeros; the weights are shared"
     shared = {id(p): p for p in (*module.parameters(), *module.buffers())}
     module = copy.deepcopy(module, shared)
     for name,m in list(module.named_modules()):
         full = f'{prefix}.{name}' if name else prefix
-        if full in sparse and is_layer(m): m.__dict__['forward'] = layer_region(m, full)
+        if isinstance(m, nn.MultiheadAttention):
+            if f'{full}.out_proj' in sparse and _SelfAttention.supports(m):
+                m.__dict__['forward'] = _SelfAttention(m, full)
+        elif full in sparse and is_layer(m): m.__dict__['forward'] = layer_region(m, full)
     return module
 
 def find_regions(
@@ -490,7 +535,11 @@ def find_regions(
     for node in traced.graph.nodes:
         is_dense = is_layer(_module(node)) and node.target not in sparse
         kinds[node] = None if is_dense else _kind(node, kinds)
-        node.meta['channels_last'] = kinds[node]!='image' # for an output of a region
+        if kinds[node]:
+            what, values, sources = describe(node)
+            # A copy of the node in a region has the same inputs in the same order.
+            node.meta['plan'] = what, values, [node.all_input_nodes.index(o) for o in sources]
+            node.meta['channels_last'] = kinds[node]!='image'
     for kind in 'image', 'rows':
         partitioner = CapabilityBasedPartitioner(traced, _Support(kinds, kind), allows_single_node_partition=True)
         partitions = [o for o in partitioner.propose_partitions() if any(n.target in sparse for n in o.nodes)]

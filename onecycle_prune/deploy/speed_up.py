@@ -9,7 +9,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/speed_up.html.md"""
 # %% auto #0
 __all__ = ['forms', 'least_sparsity', 'bytes_per_ms', 'FastNetwork', 'time_in_turn', 'speed_up']
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #10c73064
+# %% ../../nbs/deploy/45_speed_up.ipynb #dd75b06c
 import numpy as np, pandas as pd, time, torch
 from copy import deepcopy
 from ..layers import kind_name, unwrap_model
@@ -21,7 +21,7 @@ try:
     has_numba = True
 except ImportError: has_numba = False
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #325a7d4f
+# %% ../../nbs/deploy/45_speed_up.ipynb #5db0e6d6
 def _is_product(m):
     "Whether `m` multiplies by one matrix"
     if type(m) is nn.Linear: return True
@@ -41,7 +41,7 @@ class _SparseProduct:
         if self.is_linear: return y.reshape(*x.shape[:-1], -1)
         return y.reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #471dc233
+# %% ../../nbs/deploy/45_speed_up.ipynb #855e9939
 forms = 'plans', 'layers', 'dense', 'dense, channels last', 'as given'
 
 def _layers(network):
@@ -63,7 +63,7 @@ def _build_products(network, sparse):
         if n in sparse: m.__dict__['forward'] = _SparseProduct(m)
     return network
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #868040b7
+# %% ../../nbs/deploy/45_speed_up.ipynb #f8cdef63
 def _check(xs):
     for x in xs:
         if not isinstance(x, torch.Tensor): raise TypeError(f'Inputs are tensors, got {type(x).__name__}.')
@@ -92,13 +92,14 @@ class FastNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, *xs):
-        if self.training: raise RuntimeError('A network of `speed_up` is for inference. Train the network that it was made of.')
+        if self.training:
+            raise RuntimeError('A network of `speed_up` is for inference. Train the network that it was made of.')
         _check(xs)
         if self.form=='dense, channels last':
             xs = [x.contiguous(memory_format=torch.channels_last) if x.ndim==4 else x for x in xs]
         return self.built(*xs)
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #64797177
+# %% ../../nbs/deploy/45_speed_up.ipynb #c0a31cbd
 def time_in_turn(
     funcs:dict, # {name: function without arguments}
     seconds:float, # To spend, at least
@@ -117,7 +118,7 @@ def time_in_turn(
 
 def _medians(*args): return {k: float(np.median(v)) for k,v in time_in_turn(*args).items()}
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #bf1ec5ea
+# %% ../../nbs/deploy/45_speed_up.ipynb #fe80bc8f
 def _time_dense(m, shape):
     "Milliseconds of a layer in PyTorch, in the faster memory layout"
     x = torch.randn(shape)
@@ -128,7 +129,7 @@ def _time_dense(m, shape):
         funcs['channels last'] = lambda: last(x_last)
     return min(_medians(funcs, .02, 1).values())
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #abcc0b37
+# %% ../../nbs/deploy/45_speed_up.ipynb #65f60ed7
 def _same(a, b):
     "Whether two outputs agree to float32 rounding"
     a, b = tree_flatten(a)[0], tree_flatten(b)[0]
@@ -140,17 +141,23 @@ def _same(a, b):
         if not torch.allclose(x, y, rtol=0, atol=1e-4*float(largest), equal_nan=True): return False
     return True
 
-def _is_right(built, network, xs):
-    "Whether `built` computes what `network` does, for `xs` and for other inputs"
-    # A value that a trace has frozen would not follow the input.
+def _few(xs, n):
+    "The first `n` inputs, where all tensors have as many"
+    return tuple(x[:n] for x in xs) if len({len(x) if x.ndim else 0 for x in xs})==1 else xs
+
+def _check_cases(network, xs):
+    "Inputs with the outputs of `network`: `xs` and others, since a value that a trace has frozen would not follow them"
     random = torch.Generator().manual_seed(0) # The random numbers of a training stay as they are.
     def _other(x):
         return x.flip(0)*.9 + .1*torch.randn(x.shape, generator=random) if x.is_floating_point() else x.flip(0)
-    others = tuple(map(_other, xs))
-    try: return all(_same(network(*o), built(*o)) for o in (xs, others))
-    except Exception: return False
+    return [(o, network(*o)) for o in (xs, tuple(map(_other, xs)))]
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #637654df
+def _is_right(built, cases):
+    "Whether `built` computes the same"
+    try: return all(_same(expected, built(*xs)) for xs,expected in cases)
+    except Exception: return False # A form that fails is not chosen.
+
+# %% ../../nbs/deploy/45_speed_up.ipynb #1e28e810
 least_sparsity = .3 # A layer with fewer zeros is never faster without them, unless it is small
 
 def _sparsity(m): return 1 - int(m.weight.count_nonzero())/max(1, m.weight.numel())
@@ -164,6 +171,9 @@ def _input_shapes(network, layers, xs):
         def _note(m, args): shapes[name] = tuple(args[0].shape)
         return _note
     handles = [m.register_forward_pre_hook(_hook(n)) for n,m in layers.items()]
+    # Attention reads the weights of its projection without a call of the layer.
+    handles += [m.register_forward_pre_hook(_hook(f'{n}.out_proj')) for n,m in network.named_modules()
+        if isinstance(m, nn.MultiheadAttention)]
     try: network(*xs)
     finally:
         for o in handles: o.remove()
@@ -172,7 +182,8 @@ def _input_shapes(network, layers, xs):
 def _sparse_ms(built, xs):
     "{name: milliseconds} of the layers in the regions of `built`"
     if not has_numba: return _product_ms(built, _input_shapes(built, _layers(built), xs))
-    regions = [o for m in built.modules() for o in (m, m.__dict__.get('forward')) if isinstance(o, Region)]
+    modules = [o for m in built.modules() for o in (m, m.__dict__.get('forward')) if isinstance(o, nn.Module)]
+    regions = {o for m in modules for o in m.modules() if isinstance(o, Region)}
     given, times = {}, {}
     def _note(region, args): given[region] = args
     handles = [r.register_forward_pre_hook(_note) for r in regions]
@@ -180,11 +191,10 @@ def _sparse_ms(built, xs):
     finally:
         for o in handles: o.remove()
     for region,args in given.items():
-        shapes = region.shapes(args)
-        plan = region.plan(shapes)
+        inputs = region.inputs(args)
+        plan = region.plan(region.shapes(inputs))
         if plan is None: continue
-        channels, rows, columns = shapes[0]
-        n_images = args[0].numel()/(channels*rows*columns)
+        n_images = inputs[0].numel()/np.prod(region.shapes(inputs)[0])
         for name,ms in plan.layer_ms(n_images).items(): times[name.removeprefix('network.')] = ms
     return times
 
@@ -193,11 +203,11 @@ def _product_ms(built, shapes):
     inputs = {n: torch.zeros(shapes[n]) for n in products}
     return _medians({n: lambda m=m, x=inputs[n]: m(x) for n,m in products.items()}, .02*len(products), 1)
 
-def _choose_layers(network, xs, candidates, dense_ms, shapes):
+def _choose_layers(network, xs, cases, candidates, dense_ms, shapes):
     "The first form that computes the same as `network`, the time of each layer in it, and the layers that gain"
     for form in forms[:2] if has_numba else forms[1:2]:
         built = FastNetwork(network, xs, form, candidates, None)
-        if not _is_right(built, network, xs): continue
+        if not _is_right(built, cases): continue
         sparse_ms = _sparse_ms(built.built, xs)
         return form, sparse_ms, _worth(candidates, sparse_ms, dense_ms, shapes)
     return None, {}, set()
@@ -215,9 +225,15 @@ bytes_per_ms = 4e6 # What it costs to leave a plan and to come back: a copy of t
 def _worth(layers, sparse_ms, dense_ms, shapes):
     "The layers that are faster without their zeros, or not so much slower that it pays to leave the plan for them"
     def _copy_ms(n): return 2*4*np.prod(shapes[n])/bytes_per_ms
-    return {n for n in layers if n in sparse_ms and sparse_ms[n] <= dense_ms.get(n, np.inf) + (_copy_ms(n) if n in shapes else 0)}
+    def _limit(n): return dense_ms.get(n, np.inf) + (_copy_ms(n) if n in shapes else 0)
+    return {n for n in layers if n in sparse_ms and sparse_ms[n] <= _limit(n)}
 
-# %% ../../nbs/deploy/45_speed_up.ipynb #b6375e6c
+# %% ../../nbs/deploy/45_speed_up.ipynb #87821e36
+def _copy(network):
+    "A copy; a weight that a hook computes, as PyTorch's masks do, is copied as a value"
+    computed = [o for m in network.modules() for o in vars(m).values() if isinstance(o, torch.Tensor) and not o.is_leaf]
+    return deepcopy(network, {id(o): o.detach().clone() for o in computed})
+
 @torch.no_grad()
 def speed_up(
     model, # A network or a `Learner`, with float32 weights on the CPU; it is not changed
@@ -226,7 +242,7 @@ def speed_up(
     """A network with the same outputs as `model`, to float32 rounding, that skips zeros where that is faster. \
 Other shapes and numbers of inputs work too. The result can be copied, pickled, and used as `learn.model`. \
 Raises `ValueError` if the network or `x` is not float32 on a CPU."""
-    network = deepcopy(unwrap_model(model)).eval()
+    network = _copy(unwrap_model(model)).eval()
     xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     _check(xs)
     xs = tuple(o.as_subclass(torch.Tensor) for o in xs)
@@ -234,20 +250,28 @@ Raises `ValueError` if the network or `x` is not float32 on a CPU."""
         if p.device.type!='cpu' or p.is_floating_point() and p.dtype!=torch.float32:
             what = f'{str(p.dtype).partition(".")[2]} on {p.device}'
             raise ValueError(f'speed_up is for float32 on a CPU, but {n} is {what}. Convert it: `model.float().cpu()`.')
-    if not has_numba: warn('Without numba, only linear layers and 1×1 convolutions skip their zeros. `pip install numba` '
-        'makes all convolutions several times faster.')
+    if not has_numba:
+        warn('Without numba, only linear layers and 1×1 convolutions skip their zeros. `pip install numba` makes all '
+            'convolutions several times faster.')
+    # A few images show which form and which layers are faster. All of them are for the last comparison.
+    few = _few(xs, 2*torch.get_num_threads())
+    cases = _check_cases(network, few)
     layers = _layers(network)
-    shapes = _input_shapes(network, layers, xs)
+    shapes = _input_shapes(network, layers, few)
     candidates = {n for n,m in layers.items() if n in shapes and _is_candidate(m)}
-    if not any(_sparsity(m) >= least_sparsity for m in layers.values()): candidates = set()
+    if all(_sparsity(m) < least_sparsity for m in layers.values()): candidates = set()
     dense_ms = {n: _time_dense(layers[n], shapes[n]) for n in candidates}
-    form, sparse_ms, sparse = _choose_layers(network, xs, candidates, dense_ms, shapes) if candidates else (None, {}, set())
-    choices = {(form, frozenset(o)) for o in (candidates, sparse) if o and form}
-    choices |= {(o, frozenset()) for o in forms[2:]}
-    built = {o: FastNetwork(network, xs, *o, None) for o in choices}
+    choices, sparse_ms = [], {}
+    if candidates:
+        form, sparse_ms, sparse = _choose_layers(network, few, cases, candidates, dense_ms, shapes)
+        choices = [(form, frozenset(o)) for o in (candidates, sparse) if form and o]
+    choices += [(o, frozenset()) for o in forms[2:4]]
+    built = {o: FastNetwork(network, few, *o, None) for o in choices}
+    built = {o: f for o,f in built.items() if _is_right(f, cases)}
     # The network itself is right, even where it computes something else each time.
-    built = {o: f for o,f in built.items() if o[0]=='as given' or _is_right(f, network, xs)}
-    times = _medians({o: lambda f=f: f(*xs) for o,f in built.items()}, 1.)
+    if not any(form in forms[2:4] for form,_ in built): built['as given', frozenset()] = FastNetwork(
+        network, few, 'as given', frozenset(), None)
+    times = _medians({o: lambda f=f: f(*xs) for o,f in built.items()}, 1., 2)
     form, sparse = min(times, key=times.get)
     fast = built[form, sparse]
     fast.layers = _table(layers, sparse_ms, dense_ms, sparse)

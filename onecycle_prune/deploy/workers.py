@@ -9,12 +9,12 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/workers.html.md"""
 # %% auto #0
 __all__ = ['run_together']
 
-# %% ../../nbs/deploy/42_workers.ipynb #a23ec219
+# %% ../../nbs/deploy/42_workers.ipynb #b6f30f28
 import os
 from collections.abc import Callable
 from threading import Lock, Thread
 
-# %% ../../nbs/deploy/42_workers.ipynb #1e8e75e8
+# %% ../../nbs/deploy/42_workers.ipynb #33dcd583
 class _Worker:
     "A thread that waits for a function, calls it, and waits again"
     def __init__(self):
