@@ -18,7 +18,9 @@ from fastcore.script import call_parse
 from fastai.vision.all import *
 from .._utils import atomic_write
 from ..callback import SparsifyCallback
+from ..deploy.compress import compress
 from .data import digits_folder
+from .deployed import deployed_table
 from .networks import get_arch
 from ..report import plot_layers, sparsity_report
 from ..schedule import plot_schedules
@@ -101,6 +103,12 @@ def _save(out, table, report, learn, names, sparsity):
     atomic_write(out/'layers.csv', lambda p: report.to_csv(p, index=False))
     learn.path = out
     atomic_write(out/'learner.pkl', lambda p: learn.export(p.name))
+    compress(out/'learner.pkl')
+
+def _print_deployed(dense, pruned):
+    table = deployed_table(dense, pruned).rename(columns=dict(metric='accuracy', ms='ms for one image'))
+    print(f'\nThe file, and the time of one image with {torch.get_num_threads()} threads:\n'
+        f'{table.round(4).to_string()}', flush=True)
 
 _next_steps = '''
 What to do next:
@@ -145,6 +153,7 @@ def demo(
                 result = timed_fit(learn, epochs, lr, cb)
             rows[name] = result | dict(sparsity=sparsity_report(learn.model).set_index('layer').sparsity['total'])
             if name==schedule: pruned = learn
+            if name=='dense': dense = learn
     except ValueError as e: sys.exit(f'ocp-demo: {e}')
 
     table = pd.DataFrame(rows).T.rename_axis('training')[['accuracy', 'sparsity', 'seconds']]
@@ -153,5 +162,6 @@ def demo(
     _save(out, table, report, pruned, names, sparsity)
     print(f'\nLayers after {schedule}:\n{report.to_string(index=False)}')
     print(f'\nAll with the same budget of {epochs} epochs:\n{table}')
+    if pruned.dls.device.type=='cpu': _print_deployed(dense, pruned)
     print(f"\nIn {out}/: {', '.join(sorted(f.name for f in out.iterdir() if f.is_file()))}")
     print(_next_steps.format(learner=str(out/'learner.pkl')))
