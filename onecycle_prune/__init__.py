@@ -14,6 +14,7 @@
 - `onecycle_prune.deploy.workers`: Threads that wait for work, for kernels that release Python's lock
 - `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
 - `onecycle_prune.experiments.bench`: The cost of pruning: the time it adds to a training step, for this package and for fasterai
+- `onecycle_prune.experiments.bench_inference`: How fast a pruned network is on a CPU: PyTorch, ONNX Runtime, OpenVINO and `speed_up`
 - `onecycle_prune.experiments.demo`: The main task on one page: dense, one-cycle and the paper's baselines with the same budget
 - `onecycle_prune.experiments.deployed`: What a trained network gains when it is used: dense, pruned, compressed, sped up
 - `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued

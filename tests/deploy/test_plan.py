@@ -141,7 +141,8 @@ class TestSteps:
 
     @pytest.mark.parametrize('m', [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-.3, .2), nn.Sigmoid(), nn.SiLU(), nn.Tanh(),
         nn.Hardswish(), nn.Hardsigmoid(), nn.LeakyReLU(.1), nn.ELU(.7), nn.GELU(), nn.GELU('tanh'), nn.Identity(),
-        nn.Dropout(), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), nn.AvgPool2d(3, 2, 1)], ids=str)
+        nn.Dropout(), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1),
+        nn.AvgPool2d(3, 2, 1)], ids=str)
     def test_module(self, m):
         "Values from -100 to 100, in the same region as the layer before"
         net, x = after_conv(nn.MaxPool2d(2), m), torch.randn(2, 3, 20, 14)*torch.logspace(-2, 2, 14)
