@@ -9,7 +9,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/regions.html.md"""
 # %% auto #0
 __all__ = ['rows_of_chunk', 'plans_kept', 'trace', 'simplify', 'describe', 'Region', 'is_layer', 'layer_region', 'find_regions']
 
-# %% ../../nbs/deploy/44_regions.ipynb #8db7f46c
+# %% ../../nbs/deploy/44_regions.ipynb #2e17d1ca
 import copy, numpy as np, operator, torch, torch.nn.functional as F
 from collections import OrderedDict
 from fastcore.basics import ifnone
@@ -24,7 +24,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-# %% ../../nbs/deploy/44_regions.ipynb #6309f246
+# %% ../../nbs/deploy/44_regions.ipynb #80d9378a
 def _has_hooks(module:nn.Module)->bool:
     "Whether a hook sees or changes what a module of `module` is given or returns"
     return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
@@ -64,7 +64,7 @@ def trace(
     with torch.no_grad(): ShapeProp(traced).propagate(*xs)
     return traced
 
-# %% ../../nbs/deploy/44_regions.ipynb #69ee00c7
+# %% ../../nbs/deploy/44_regions.ipynb #54be0aa2
 def _module(node):
     "The module that `node` calls, or None"
     return node.graph.owning_module.get_submodule(node.target) if node.op=='call_module' else None
@@ -110,6 +110,7 @@ def _fold_batchnorms(traced):
         layer = _module(source) if isinstance(source, fx.Node) else None
         is_linear = _plain_type(layer, nn.Linear) and len(_shape(source) or ())==2
         if not (is_linear or _plain_type(layer, nn.Conv1d, nn.Conv2d)) or len(source.users) > 1: continue
+        if 'weight' not in layer._parameters: continue # a computed weight
         if sum(o.op=='call_module' and o.target==source.target for o in traced.graph.nodes) > 1: continue
         folded = (fuse_linear_bn_eval if is_linear else fuse_conv_bn_eval)(layer, norm)
         traced.set_submodule(source.target, folded)
@@ -129,7 +130,7 @@ def simplify(
     traced.recompile()
     return traced
 
-# %% ../../nbs/deploy/44_regions.ipynb #4a2af87b
+# %% ../../nbs/deploy/44_regions.ipynb #ede5c3f7
 def _two_dims(x, of_one_row):
     "A pair for rows and columns; sequences have one row"
     if not isinstance(x, (tuple, list)): return (of_one_row, x) if of_one_row is not None else (x, x)
@@ -313,7 +314,7 @@ def describe(
         found = found or (_of_function(node, rank) if m is None else _of_module(m, node, rank))
     return found and (*found, sources)
 
-# %% ../../nbs/deploy/44_regions.ipynb #d93cc313
+# %% ../../nbs/deploy/44_regions.ipynb #092988d0
 rows_of_chunk = 64
 
 def _kind(node, kinds):
@@ -344,7 +345,7 @@ class _Support(OperatorSupportBase):
     def __init__(self, kinds, kind): self.kinds, self.kind = kinds, kind
     def is_node_supported(self, submodules, node): return (self.kinds.get(node) or '').startswith(self.kind)
 
-# %% ../../nbs/deploy/44_regions.ipynb #e8912100
+# %% ../../nbs/deploy/44_regions.ipynb #a3da176d
 def _may_absorb(node, source):
     "Whether the plan's node `source` may do more, since only `node` reads its output"
     return len(node.users)==1 and isinstance(source, (Conv, Add, Affine)) and (source.low, source.high)==(-inf, inf)
@@ -404,7 +405,7 @@ def _plan_nodes(
             nodes.append(what(str(node.target), sources, **values))
         found[node] = nodes[-1]
 
-# %% ../../nbs/deploy/44_regions.ipynb #57f18b98
+# %% ../../nbs/deploy/44_regions.ipynb #d3ae6cd3
 plans_kept = 8 # Image sizes and the like for which a region keeps a plan
 
 class Region(nn.Module):
@@ -470,7 +471,7 @@ class Region(nn.Module):
         outs = [torch.cat(o) if len(o) > 1 else o[0] for o in zip(*outs)]
         return [o.reshape(*lead, o.shape[-1]) for o in outs]
 
-# %% ../../nbs/deploy/44_regions.ipynb #e094d8ba
+# %% ../../nbs/deploy/44_regions.ipynb #89d549ff
 def is_layer(
     m:nn.Module # Any module, or None
 )->bool:

@@ -11,7 +11,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/bench_inferenc
 # %% auto #0
 __all__ = ['runtimes', 'pruned_network', 'bench_network', 'ratios', 'plot_ratios', 'bench_inference']
 
-# %% ../../nbs/experiments/39_bench_inference.ipynb #ab43edae
+# %% ../../nbs/experiments/39_bench_inference.ipynb #5ca4f2e3
 from .common import env_info, save_plot # before fastai, for its warnings
 import itertools, logging, numpy as np, pandas as pd, tempfile, torch, torchvision, warnings
 from copy import deepcopy
@@ -24,7 +24,7 @@ from ..sparsifier import Sparsifier
 from pathlib import Path
 from torch import nn
 
-# %% ../../nbs/experiments/39_bench_inference.ipynb #a8082ba3
+# %% ../../nbs/experiments/39_bench_inference.ipynb #8d9c4200
 def pruned_network(
     arch:str, # A classification network of torchvision
     sparsity:float, # In [0, 1)
@@ -43,7 +43,7 @@ def pruned_network(
     if sparsity: Sparsifier(network, context=context).prune(sparsity)
     return network.eval().requires_grad_(False)
 
-# %% ../../nbs/experiments/39_bench_inference.ipynb #a18b5a15
+# %% ../../nbs/experiments/39_bench_inference.ipynb #b430968a
 def _pytorch(network, x, folder): return lambda: network(x)
 
 def _channels_last(network, x, folder):
@@ -71,6 +71,8 @@ def _onnx_session(path, x):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # Between calls, its threads must not keep the cores from the runtime whose turn it is.
+    options.add_session_config_entry('session.force_spinning_stop', '1')
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
@@ -108,7 +110,7 @@ def _speed_up(network, x, folder):
 runtimes = {'PyTorch': _pytorch, 'PyTorch, channels last': _channels_last, 'torch.compile': _compiled,
     'ONNX Runtime': _onnxruntime, 'OpenVINO': _openvino, 'ONNX Runtime, int8': _onnxruntime_int8, 'speed_up': _speed_up}
 
-# %% ../../nbs/experiments/39_bench_inference.ipynb #656a271b
+# %% ../../nbs/experiments/39_bench_inference.ipynb #58f9b431
 def bench_network(
     arch:str, # As for `pruned_network`, as are the next two
     sparsity:float,
@@ -158,7 +160,7 @@ def plot_ratios(
     ax.set(xlabel='times as fast', ylabel='')
     return ax
 
-# %% ../../nbs/experiments/39_bench_inference.ipynb #59f967d5
+# %% ../../nbs/experiments/39_bench_inference.ipynb #234588f5
 def _parts(text, what): return [what(o) for o in text.split(',')]
 
 @call_parse
