@@ -15,8 +15,8 @@ __all__ = ['runtimes', 'pruned_network', 'bench_network', 'ratios', 'plot_ratios
 from .common import env_info, save_plot # before fastai, for its warnings
 import itertools, logging, numpy as np, pandas as pd, tempfile, torch, torchvision, warnings
 from copy import deepcopy
+from fastai.basics import progress_bar
 from fastcore.script import call_parse, store_true
-from fastprogress.fastprogress import progress_bar
 from functools import partial
 from .._utils import atomic_write
 from ..deploy.speed_up import speed_up, time_in_turn
