@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from fastai.basics import Callback
 from onecycle_prune.callback import SparsifyCallback
+from onecycle_prune.deploy.regions import Region
 from torch import nn
 
 # For tensors or dicts of them, bit for bit.
@@ -20,6 +21,13 @@ def bits(model):
 def zeros(m):
     "Which weights of the layer `m` are zero, as a flat list"
     return (m.weight == 0).flatten().tolist()
+
+
+def all_plans(module):
+    "The plans that the regions of `module` have made; None stands for a shape that was left to PyTorch"
+    holders = [o for m in module.modules() for o in (m, m.__dict__.get('forward')) if isinstance(o, nn.Module)]
+    regions = {o for m in holders for o in m.modules() if isinstance(o, Region)}
+    return [plan for r in regions for plan in r._plans.values()]
 
 
 def channel(m, c):

@@ -210,14 +210,15 @@ def _conv(step, item, arena, offsets, weights, starts, biases):
     "One item of a convolution or of a linear layer: some filters at some positions"
     n_chunks = (step.n_channels + step.channels_of_item-1)//step.channels_of_item
     f0, f1 = _channels(step, item%n_chunks)
-    if step.n_positions==1: return _conv_scalar(step, arena, f0, f1, offsets, weights, starts, biases)
     first = item//n_chunks*step.blocks_of_item*width
     last = min(first + step.blocks_of_item*width, step.n_positions)
-    p = first
-    while p < last:
-        size = _block_size(last-p)
-        _conv_block(step, arena, p, size, f0, f1, offsets, weights, starts, biases)
-        p += size
+    if step.n_positions==1: _conv_scalar(step, arena, f0, f1, offsets, weights, starts, biases)
+    else:
+        p = first
+        while p < last:
+            size = _block_size(last-p)
+            _conv_block(step, arena, p, size, f0, f1, offsets, weights, starts, biases)
+            p += size
     if step.framed:
         for f in range(f0, f1): _zero_frame(step, arena, f, first, last)
 

@@ -197,9 +197,9 @@ class _Layout:
             self._planes[node, stride] = planes
         return self._planes[node, stride]
 
-    def _add_step(self, kind, node, *sources, other=None):
+    def _add_step(self, kind, node, source, other=None):
         out = self._planes[node, (1, 1)] = self._new(*self.shapes[node])
-        self.steps.append(_Step(kind, node, sources[0], out, other=other))
+        self.steps.append(_Step(kind, node, source, out, other=other))
         return out
 
     def _input(self, node): pass # It is loaded where it is read, in the phases that are needed.
@@ -402,8 +402,8 @@ class Plan:
         tensors = np.array([(t.data_ptr(), t[0].numel()) for t in (*xs, *outs)], np.int64)
         n_alone = n_images//n_threads*n_threads
         counters = np.zeros(8 + (n_images-n_alone)*len(self.steps)*counters_of_step, np.int64)
-        # The last one is shared.
-        arenas = [self._arena() for _ in range(min(n_threads, n_alone) + 1)]
+        # One for each thread, and the last one to share, where they are needed
+        arenas = [self._arena() for _ in range(min(n_threads, n_alone) + (n_alone < n_images))]
         def _work(i):
             own = arenas[i] if n_alone else arenas[-1]
             run(self.steps, self.tables, own, arenas[-1], tensors, n_alone, n_images, counters)
