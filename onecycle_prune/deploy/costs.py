@@ -10,10 +10,10 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/costs.html.md"""
 __all__ = ['file_sizes', 'multiply_adds', 'costs', 'plot_costs']
 
 # %% ../../nbs/deploy/46_costs.ipynb #241d4e6a
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, pandas as pd, torch
 from copy import deepcopy
 from .compress import compress
-from .speed_up import FastNetwork, time_in_turn
+from .speed_up import FastNetwork, median_and_spread, time_in_turn
 from ..layers import unwrap_model
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,7 +79,7 @@ def costs(
     xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     networks = {label: _network(m) for label,m in models.items()}
     times = time_in_turn({label: _call(m, xs) for label,m in networks.items()}, seconds, 5)
-    rows = {label: _counts(m, xs) | _time(times[label]) for label,m in networks.items()}
+    rows = {label: _counts(m, xs) | median_and_spread(times[label]) for label,m in networks.items()}
     df = pd.DataFrame(rows.values(), index=pd.Index(rows, name='network'))
     return df.assign(**{'speed-up': df.ms.iloc[0]/df.ms})
 
@@ -91,10 +91,6 @@ def _counts(network, xs):
     return {'parameters': sum(p.numel() for p in params), 'nonzero': sum(int(p.count_nonzero()) for p in params),
         'MB': size, 'compressed MB': compressed, 'multiply-adds': n_all, 'without zeros': n_left}
 
-def _time(times):
-    low, median, high = np.quantile(times, [.25, .5, .75])
-    return dict(ms=median, spread=(high-low)/2)
-
 # %% ../../nbs/deploy/46_costs.ipynb #4d1bf3ec
 def plot_costs(
     table:pd.DataFrame, # As `costs` returns it
@@ -102,12 +98,12 @@ def plot_costs(
 ): # The axes
     "Draw the size of the file, the multiply-adds and the time of each network as bars"
     if axes is None: _, axes = plt.subplots(1, 3, figsize=(10, 1 + .4*len(table)), sharey=True)
-    columns = {'compressed MB': 'MB, compressed', 'without zeros': 'multiply-adds of nonzero weights', 'ms': 'ms'}
-    for ax,(column,label) in zip(axes, columns.items()):
-        error = table.spread if column=='ms' else None
-        bars = ax.barh(table.index, table[column], xerr=error)
+    columns = {'MB, compressed': table['compressed MB'], 'ms': table.ms,
+        'million multiply-adds without zeros': table['without zeros']/1e6}
+    for ax,(label,values) in zip(axes, columns.items()):
+        bars = ax.barh(table.index, values, xerr=table.spread if label=='ms' else None)
         ax.bar_label(bars, fmt='%.3g', padding=3)
         ax.set(xlabel=label)
-        ax.margins(x=.2)
+        ax.margins(x=.3) # for the labels
     axes[0].invert_yaxis()
     return axes

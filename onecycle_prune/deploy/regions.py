@@ -174,7 +174,7 @@ def _adaptive(is_max, node, size, return_indices=False):
     sizes = set(size if isinstance(size, (tuple, list)) else [size])
     if sizes=={1} and not return_indices: return Pool, dict(is_max=is_max)
 
-_relus = nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, 'relu', 'relu_'
+_relus = F.relu, F.relu_, torch.relu, torch.relu_, 'relu', 'relu_'
 
 def _limited(node):
     "The limits that a node puts to its input, or None"
@@ -262,10 +262,14 @@ def _permuted(node):
     order = _orders.get(tuple(dims))
     return order and (order, {})
 
-def _of_module(m, node, rank):
-    "`describe` for a node that calls a module"
+def _layer(m):
+    "`describe` for a layer whose zeros can be skipped, None for other modules"
     if _plain_type(m, nn.Conv1d, nn.Conv2d): return _conv(m)
     if _plain_type(m, nn.Linear): return _linear(m)
+
+def _of_module(m, node, rank):
+    "`describe` for a node that calls a module"
+    if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)): return _layer(m)
     if _plain_type(m, nn.BatchNorm1d, nn.BatchNorm2d): return _batchnorm(m)
     if _plain_type(m, nn.MaxPool1d, nn.MaxPool2d):
         return _pool(True, rank, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
@@ -317,14 +321,13 @@ def describe(
 # %% ../../nbs/deploy/44_regions.ipynb #092988d0
 rows_of_chunk = 64
 
-def _kind(node, kinds):
-    """'image', 'image, channels last', 'rows', or None for PyTorch; `kinds` has those of earlier nodes. \
-The planes are the same, whether channels come first or last."""
-    found = describe(node)
+def _kind(node, found, kinds):
+    """'image', 'image, channels last', 'rows', or None for PyTorch; `found` is what `describe` says of the node, and \
+`kinds` has the kinds of earlier nodes. The planes are the same, whether channels come first or last."""
     if not found: return
     what, values, sources = found
     shape, of_sources = _shape(sources[0]), {kinds.get(o) for o in sources}
-    only = of_sources.copy().pop() if len(of_sources)==1 else None # the kind of all sources
+    only = next(iter(of_sources)) if len(of_sources)==1 else None # the kind of all sources
     is_first, is_last = only=='image', only=='image, channels last'
     if what=='to last': return 'image, channels last' if is_first else None
     if what=='to first': return 'image' if is_last else None
@@ -346,19 +349,22 @@ class _Support(OperatorSupportBase):
     def is_node_supported(self, submodules, node): return (self.kinds.get(node) or '').startswith(self.kind)
 
 # %% ../../nbs/deploy/44_regions.ipynb #a3da176d
-def _may_absorb(node, source):
-    "Whether the plan's node `source` may do more, since only `node` reads its output"
+def _may_absorb(node, source, views):
+    """Whether the plan's node `source` may do what follows the graph's node `node`, since nothing else reads it. \
+`views` maps a node that only changes the shape to what it views."""
+    while node in views and len(node.users)==1: node = views[node]
     return len(node.users)==1 and isinstance(source, (Conv, Add, Affine)) and (source.low, source.high)==(-inf, inf)
 
 def _scale(conv, scale, shift):
     "Let a convolution do what an affine node does after it"
     conv.weight, conv.bias = conv.weight*scale[:, None, None, None], conv.bias*scale + shift
 
-def _join(nodes, name, sources, graph_sources):
+def _join(nodes, name, sources, graph_sources, views):
     "The sum of two sources, as part of a convolution where that is possible"
     for i in sorted((0, 1), key=lambda i: -nodes.index(sources[i])):
         conv, other = sources[i], sources[1-i]
-        if isinstance(conv, Conv) and conv.other is None and conv is not other and _may_absorb(graph_sources[i], conv):
+        is_free = isinstance(conv, Conv) and conv.other is None and conv is not other
+        if is_free and _may_absorb(graph_sources[i], conv, views):
             conv.other = other
             # Nobody else reads the convolution, so it can be computed when the other is there.
             nodes.remove(conv)
@@ -372,7 +378,7 @@ def _plan_nodes(
     kind:str # 'image' or 'rows'
 )->tuple[list, str, list[int]]: # Nodes for `Plan`, `kind`, and the number of dimensions of each output
     "Translate a graph"
-    nodes, found = [], {}
+    nodes, found, views = [], {}, {}
     for node in graph.nodes:
         if node.op=='placeholder': nodes.append(Input(node.name, channels_last=kind=='rows'))
         elif node.op=='output':
@@ -384,19 +390,19 @@ def _plan_nodes(
             values, graph_sources = values.copy(), [node.all_input_nodes[i] for i in places]
             sources = [found[o] for o in graph_sources]
             if what in ('flatten', 'to last', 'to first'):
-                found[node] = sources[0]
+                found[node], views[node] = sources[0], graph_sources[0]
                 continue
             if what is Add:
-                found[node] = _join(nodes, node.name, sources, graph_sources)
+                found[node] = _join(nodes, node.name, sources, graph_sources, views)
                 continue
             values.pop('last', None)
-            if what is Affine and _may_absorb(graph_sources[0], sources[0]) and isinstance(sources[0], Conv):
-                if sources[0].other is None:
-                    _scale(sources[0], **values)
-                    found[node] = sources[0]
-                    continue
+            may_absorb = _may_absorb(graph_sources[0], sources[0], views)
+            if what is Affine and may_absorb and isinstance(sources[0], Conv) and sources[0].other is None:
+                _scale(sources[0], **values)
+                found[node] = sources[0]
+                continue
             if what=='limit':
-                if _may_absorb(graph_sources[0], sources[0]):
+                if may_absorb:
                     sources[0].low, sources[0].high = values['low'], values['high']
                     found[node] = sources[0]
                     continue
@@ -476,9 +482,7 @@ def is_layer(
     m:nn.Module # Any module, or None
 )->bool:
     "Whether a plan can skip the zeros of `m`"
-    if m is None or type(m) in (nn.Module,): return False
-    if _plain_type(m, nn.Conv1d, nn.Conv2d): return _conv(m) is not None
-    return _plain_type(m, nn.Linear) and m.weight.dtype==torch.float32
+    return _layer(m) is not None
 
 def layer_region(
     m:nn.Module, # For which `is_layer` is true
@@ -486,7 +490,7 @@ def layer_region(
 )->Region:
     "A region of one layer"
     kind = 'rows' if isinstance(m, nn.Linear) else 'image'
-    what, values = (_linear if kind=='rows' else _conv)(m)
+    what, values = _layer(m)
     source = Input('x', channels_last=kind=='rows')
     layer = what(name, [source], **values)
     rank = 2 if kind=='rows' else m.weight.ndim
@@ -535,9 +539,10 @@ def find_regions(
     kinds = {}
     for node in traced.graph.nodes:
         is_dense = is_layer(_module(node)) and node.target not in sparse
-        kinds[node] = None if is_dense else _kind(node, kinds)
+        found = None if is_dense else describe(node)
+        kinds[node] = _kind(node, found, kinds)
         if kinds[node]:
-            what, values, sources = describe(node)
+            what, values, sources = found
             # A copy of the node in a region has the same inputs in the same order.
             node.meta['plan'] = what, values, [node.all_input_nodes.index(o) for o in sources]
             node.meta['channels_last'] = kinds[node]!='image'

@@ -1,6 +1,6 @@
 """Threads that wait for work, for kernels that release Python's lock
 
-A parallel region of a threading library takes 50 to 100 µs to start, which is as long as a whole layer of a sparse network. So a plan starts its threads once for the whole network. They are ordinary Python threads: compiled kernels release Python's lock, so they run at the same time.
+To start the threads of a parallel loop takes about as long as a layer of a sparse network. So a plan starts its threads once for the whole network. They are ordinary Python threads: compiled kernels release Python's lock, so they run at the same time.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/workers.html.md"""
 

@@ -6,11 +6,10 @@ from fastai.learner import load_learner
 from fastai.vision.all import TensorImage, xresnet18
 from onecycle_prune.all import Sparsifier, costs, plot_costs, speed_up
 from onecycle_prune.deploy import speed_up as module
-from onecycle_prune.deploy.regions import Region
 from torch import nn
 from torch.nn.utils import parametrize, prune as torch_prune
 
-from helpers import assert_same, bits, run_python
+from helpers import all_plans, assert_same, bits, run_python
 
 
 def random_norms(net):
@@ -47,6 +46,8 @@ def plans(net, *xs):
     cases = module._check_cases(net, xs)
     fast = module.FastNetwork(net, xs, 'plans', set(layers), None)
     assert module._is_right(fast, cases)
+    # A layer that no plan computes would be right too.
+    assert all_plans(fast.built) and all(all_plans(fast.built))
     return fast
 
 
@@ -77,8 +78,7 @@ class TestNetworks:
         x = torch.randn(3, 3, 32, 32)
         fast = plans(net, x)
         assert_near(fast(x), net(x))
-        modules = [o for m in fast.built.modules() for o in (m, m.__dict__.get('forward')) if isinstance(o, nn.Module)]
-        names = {n.name for o in modules for r in o.modules() if isinstance(r, Region) for n in r.nodes}
+        names = {n.name for plan in all_plans(fast.built) for n in plan.shapes}
         assert sum(n.endswith('in_proj') for n in names) == 2
 
     def test_swin(self):
@@ -345,7 +345,7 @@ class TestRefused:
 
 def test_without_numba(monkeypatch):
     "PyTorch's sparse products, and one warning that says what numba would add"
-    monkeypatch.setattr(module, 'has_numba', False)
+    monkeypatch.setattr(module, '_regions', lambda: None)
     layers = nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64*36, 400)
     net = pruned(nn.Sequential(*layers))
     x = torch.randn(4, 3, 8, 8)
