@@ -12,28 +12,29 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/bench_inferenc
 __all__ = ['runtimes', 'pruned_network', 'bench_network', 'ratios', 'plot_ratios', 'bench_inference']
 
 # %% ../../nbs/experiments/39_bench_inference.ipynb #5ca4f2e3
-from .common import env_info, save_plot # before fastai, for its warnings
-import itertools, logging, numpy as np, pandas as pd, tempfile, torch, torchvision, warnings
+from .common import env_info, parse_list, save_plot # before fastai, for its warnings
+import itertools, logging, pandas as pd, sys, tempfile, torch, warnings
 from copy import deepcopy
 from fastai.basics import progress_bar
 from fastcore.script import call_parse, store_true
 from functools import partial
 from .._utils import atomic_write
-from ..deploy.speed_up import speed_up, time_in_turn
+from ..deploy.speed_up import median_and_spread, speed_up, time_in_turn
+from .networks import get_arch
 from ..sparsifier import Sparsifier
 from pathlib import Path
 from torch import nn
 
 # %% ../../nbs/experiments/39_bench_inference.ipynb #8d9c4200
 def pruned_network(
-    arch:str, # A classification network of torchvision
+    arch:str, # As for `get_arch`
     sparsity:float, # In [0, 1)
     context:str # 'local': each layer by itself; 'global': one pool
 )->nn.Module: # In evaluation mode
     "A network with random weights and batch-norm statistics, pruned by magnitude"
     torch.manual_seed(0)
     kwargs = dict(init_weights=True, aux_logits=False) if arch in ('googlenet', 'inception_v3') else {}
-    network = getattr(torchvision.models, arch)(**kwargs)
+    network = get_arch(arch)(num_classes=1000, **kwargs)
     for m in network.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.running_var, .5, 2)
@@ -62,7 +63,7 @@ def _onnx(network, x, folder):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             logging.disable(logging.WARNING)
-            try: torch.onnx.export(network, (x,), path, external_data=False, verbose=False)
+            try: torch.onnx.export(network, (x,), path, input_names=['x'], external_data=False, verbose=False)
             finally: logging.disable(logging.NOTSET)
     return path
 
@@ -74,8 +75,7 @@ def _onnx_session(path, x):
     # Between calls, its threads must not keep the cores from the runtime whose turn it is.
     options.add_session_config_entry('session.force_spinning_stop', '1')
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0])
+    return lambda: torch.from_numpy(session.run(None, dict(x=x.numpy()))[0])
 
 def _onnxruntime(network, x, folder): return _onnx_session(_onnx(network, x, folder), x)
 
@@ -84,14 +84,12 @@ def _onnxruntime_int8(network, x, folder):
     from onnxruntime.quantization.shape_inference import quant_pre_process
     path, prepared, quantized = _onnx(network, x, folder), Path(folder)/'prepared.onnx', Path(folder)/'int8.onnx'
     class Reader(CalibrationDataReader):
-        def __init__(self, name): self.rest = iter([{name: x.numpy()}])
+        def __init__(self): self.rest = iter([dict(x=x.numpy())])
         def get_next(self): return next(self.rest, None)
-    import onnxruntime
-    name = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider']).get_inputs()[0].name
     logging.disable(logging.WARNING)
     try:
         quant_pre_process(path, prepared)
-        quantize_static(prepared, quantized, Reader(name), per_channel=True)
+        quantize_static(prepared, quantized, Reader(), per_channel=True)
     finally: logging.disable(logging.NOTSET)
     return _onnx_session(quantized, x)
 
@@ -132,10 +130,7 @@ def bench_network(
         times = time_in_turn(funcs, seconds, 5)
     env = env_info(x.device)
     what = dict(network=arch, sparsity=sparsity, context=context, batch=batch, size=size)
-    def _row(name):
-        low, median, high = np.quantile(times[name], [.25, .5, .75])
-        return what | dict(runtime=name, ms=median, spread=(high-low)/2, error=errors[name]) | env
-    return [_row(name) for name in funcs]
+    return [what | dict(runtime=k) | median_and_spread(times[k]) | dict(error=errors[k]) | env for k in funcs]
 
 def ratios(
     df:pd.DataFrame # Rows of `bench_network`
@@ -152,17 +147,17 @@ def plot_ratios(
     ax=None # Matplotlib axes to draw on
 ): # The axes
     "Draw how many times faster `speed_up` is than PyTorch and than the other runtimes"
-    faster = ratios(df)[['times PyTorch', 'times others']].dropna(axis=1, how='all')
+    labels = {'times PyTorch': 'than PyTorch', 'times others': 'than the fastest other runtime'}
+    faster = ratios(df)[list(labels)].dropna(axis=1, how='all').rename(columns=labels)
     faster.index = [f'{n}, {s:.0%} {c}, batch {b}' for n,s,c,b,_ in faster.index]
     ax = faster.plot.barh(ax=ax, figsize=None if ax else (7, 1 + .3*len(faster)))
     ax.axvline(1, color='0.5', lw=1)
     ax.invert_yaxis()
-    ax.set(xlabel='times as fast', ylabel='')
+    ax.set(xlabel='how many times faster speed_up is', ylabel='')
+    ax.legend()
     return ax
 
 # %% ../../nbs/experiments/39_bench_inference.ipynb #234588f5
-def _parts(text, what): return [what(o) for o in text.split(',')]
-
 @call_parse
 def bench_inference(
     archs:str='resnet18', # Networks of torchvision, separated by commas, as are the next lists
@@ -177,8 +172,8 @@ def bench_inference(
 ):
     "Time pruned networks in PyTorch, ONNX Runtime, OpenVINO and with `speed_up`"
     names = [o for o in runtimes if compile or o!='torch.compile']
-    lists = _parts(archs, str), _parts(sparsities, float), _parts(contexts, str), _parts(batches, int)
-    n_threads = _parts(threads, int) if threads else [torch.get_num_threads()]
+    lists = parse_list(archs), parse_list(sparsities, float), parse_list(contexts), parse_list(batches, int)
+    n_threads = parse_list(threads, int) if threads else [torch.get_num_threads()]
     out, before = Path(out), torch.get_num_threads()
     df = pd.read_csv(out) if out.exists() else pd.DataFrame()
     try:
@@ -187,6 +182,7 @@ def bench_inference(
             rows = pd.DataFrame(bench_network(arch, sparsity, context, batch, size, names, seconds))
             df = pd.concat([df, rows], ignore_index=True)
             atomic_write(out, partial(df.round(5).to_csv, index=False))
+    except ValueError as e: sys.exit(f'ocp-bench-inference: {e}')
     finally: torch.set_num_threads(before)
     print(ratios(df).round(2).to_string())
     save_plot(plot_ratios(df), out.with_suffix('.png'))

@@ -10,7 +10,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/deployed.html.
 __all__ = ['deployed_table', 'costs_of_learner']
 
 # %% ../../nbs/experiments/38_deployed.ipynb #5478c96f
-from .common import save_plot # before fastai, for its warnings
+from .common import parse_list, save_plot # before fastai, for its warnings
 import pandas as pd, sys, torch
 from fastai.learner import Learner, load_learner
 from fastcore.script import call_parse
@@ -49,7 +49,7 @@ def costs_of_learner(
 ):
     "Print what an exported learner costs as it is, and what it costs after `speed_up`"
     try:
-        x = torch.randn([int(o) for o in shape.split(',')])
+        x = torch.randn(parse_list(shape, int))
         model = load_learner(path, cpu=True).model
         fast = speed_up(model, x)
         table = costs({'as it is': model, 'sped up': fast}, x)

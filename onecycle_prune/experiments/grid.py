@@ -10,7 +10,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/grid.html.md""
 __all__ = ['Run', 'check_run', 'ValidateLast', 'train', 'make_record', 'grid', 'remaining', 'estimate_seconds', 'compare']
 
 # %% ../../nbs/experiments/33_grid.ipynb #fd33add7
-from .common import env_info, gpu_callbacks, timed_fit # before fastai, for its warnings
+from .common import env_info, gpu_callbacks, parse_list, timed_fit # before fastai
 import shutil, subprocess, sys, time
 from fastcore.script import call_parse, store_true
 from fastai.vision.all import *
@@ -163,8 +163,6 @@ def _take_part(runs, part):
     if not m or not 1 <= int(m[1]) <= int(m[2]): raise ValueError(f"part must be like '1/2' or '2/2', got {part!r}.")
     return runs[int(m[1])-1::int(m[2])]
 
-def _parse(text, kind=str): return [kind(o) for o in text.split(',')]
-
 def _print_remaining(runs, records):
     "Print the number of remaining trainings, and the expected minutes"
     rows = [asdict(run) | dict(minutes=estimate_seconds(run, records)/60) for run in runs]
@@ -225,8 +223,8 @@ def compare(
     start = time.perf_counter()
     out = Path(out or f'results/compare_{default_device().type}.jsonl')
     try:
-        runs = grid(_parse(archs), _parse(data), _parse(sparsities, float), _parse(schedules), _parse(contexts),
-            _parse(criteria), _parse(epochs, int), _parse(seeds, int), images, size,
+        runs = grid(parse_list(archs), parse_list(data), parse_list(sparsities, float), parse_list(schedules),
+            parse_list(contexts), parse_list(criteria), parse_list(epochs, int), parse_list(seeds, int), images, size,
             bs=bs, lr=lr, bf16=bf16, channels_last=channels_last, bn_batches=bn_batches)
         # A mistake does not depend on the seed.
         for run in dict.fromkeys(replace(run, seed=0) for run in runs): check_run(run)

@@ -68,6 +68,16 @@ def test_table(run, place):
     assert csv.accuracy.between(0, 1).all() and (csv.seconds > 0).all()
 
 
+def test_deployed(run):
+    "The last table goes from dense to sped up; the outputs are the same, and the file is smaller"
+    *_, table = run.stdout.partition('The file, and the time of one image')
+    rows = {line.split()[0]: [float(o) for o in line.split()[-3:]] for line in table.splitlines()[3:6]}
+    rows['sped up'] = [float(o) for o in table.splitlines()[6].split()[-3:]]
+    assert list(rows) == ['dense', 'pruned', 'compressed', 'sped up']
+    accuracy, size, ms = zip(*rows.values())
+    assert accuracy[1] == accuracy[2] == accuracy[3] and size[3] == size[2] < size[1] == size[0] and min(ms) > 0
+
+
 def test_piped_output_is_plain(run):
     "A pipe gets no carriage return and no bar, and nothing stands above the first words of the demo"
     assert '\r' not in run.stdout and not set(run.stdout) & set('█|')
