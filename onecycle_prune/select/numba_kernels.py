@@ -2,7 +2,7 @@
 
 The weights of a model are split into blocks that fit into a cache. Each function here is a loop over blocks. One samples keys, one finds candidates, one gathers the candidates' keys, one counts ties, and one prunes. [numba_backend](24_numba_backend.ipynb) puts them together. Blocks do not overlap, so several threads share them: as many as torch uses.
 
-[Numba](https://numba.pydata.org) compiles them (`pip install 'onecycle_prune[fast]'`) and keeps them on disk. So only the first training of an installation waits for the compiler, for some seconds.
+[Numba](https://numba.pydata.org) compiles them and keeps them on disk. So only the first training of an installation waits for the compiler, for some seconds.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/select/numba_kernels.html.md"""
 
