@@ -28,6 +28,9 @@ bench: $(BENCH)  ## measure what pruning adds to a training step, for this packa
 reliability: $(DEV) $(BENCH)  ## run the situations of the tests with this package and with fasterai
 	$(BIN)/python tools/reliability.py
 
+example: $(DEMO)  ## train README's first example with five seeds, dense and pruned
+	$(BIN)/python tools/first_example.py
+
 # Notebooks run side by side, so each process has one thread. More would compete for the cores.
 test outputs reliability: export OMP_NUM_THREADS = 1
 # Without a GPU, Triton's interpreter runs its kernels, and it has to be chosen before Triton is imported.
@@ -78,4 +81,4 @@ $(DEV): $(DEMO)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo compare bench reliability test prepare docs outputs clean
+.PHONY: help install demo compare bench reliability example test prepare docs outputs clean

@@ -8,10 +8,10 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/bench.html.md"
 
 # %% auto #0
 __all__ = ['BatchTimer', 'step_time', 'middle_schedule', 'methods', 'bench_steps', 'summary', 'plot_added', 'median_ms',
-           'bench_selection', 'peak_bytes', 'bench_memory', 'bench']
+           'bench_selection', 'peak_bytes', 'bench_memory', 'bench_batchnorm', 'bench']
 
 # %% ../../nbs/experiments/36_bench.ipynb #e41e1888
-from .common import env_info, gpu_callbacks, save_plot # before fastai, for its warnings
+from .common import env_info, gpu_callbacks, parse_list, save_plot # before fastai
 import ctypes, gc, time
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -35,6 +35,15 @@ class BatchTimer(Callback):
         self.times.append(time.perf_counter())
 
 # %% ../../nbs/experiments/36_bench.ipynb #97b1216e
+def _batch_times(model, batch, n, cbs):
+    "Train `n` times on `batch`, in one epoch; the seconds at which each batch ended, and the training"
+    timer = BatchTimer()
+    dls = DataLoaders([batch]*n, [], device=batch[0].device)
+    learn = Learner(dls, model, nn.CrossEntropyLoss(), cbs=[timer] + L(cbs))
+    with learn.no_bar(), learn.no_logging(), redirect_stdout(StringIO()): learn.fit_one_cycle(1, 1e-3)
+    if batch[0].device.type == 'cuda': torch.cuda.synchronize()
+    return [*timer.times, time.perf_counter()]
+
 def step_time(
     model:nn.Module, # Is trained, on its own device
     batch:tuple[torch.Tensor, torch.Tensor], # Inputs and classes, on the device of the model
@@ -42,11 +51,7 @@ def step_time(
     cbs=None # A callback or a list of them, such as `SparsifyCallback(.9)`
 )->float: # Seconds, the median over the batches
     "The time of a training step"
-    timer = BatchTimer()
-    dls = DataLoaders([batch]*n, [], device=batch[0].device)
-    learn = Learner(dls, model, nn.CrossEntropyLoss(), cbs=[timer] + L(cbs))
-    with learn.no_bar(), learn.no_logging(), redirect_stdout(StringIO()): learn.fit_one_cycle(1, 1e-3)
-    return float(np.median(np.diff(timer.times)))
+    return float(np.median(np.diff(_batch_times(model, batch, n, cbs)[:-1])))
 
 # %% ../../nbs/experiments/36_bench.ipynb #032d6b0e
 def middle_schedule(
@@ -204,8 +209,8 @@ def bench_memory(
     measure = partial(peak_bytes, device=device)
     # Loaded code is not memory of a pruning. So all of it is used before, also the part that breaks ties.
     warm_up = nn.Linear(999, 999).to(device)
-    nn.init.ones_(warm_up.weight)
-    Sparsifier(warm_up).prune(.01)
+    warm_up.weight.data.random_(1, 5)
+    Sparsifier(warm_up).prune(.3)
     for context in ('local', 'global'):
         model = nn.Sequential(*(nn.Linear(n, n, bias=False) for _ in range(4))).to(device)
         sparsifier,_,lasting = measure(lambda: Sparsifier(model, context=context))
@@ -213,6 +218,25 @@ def bench_memory(
         _,batch,_ = measure(lambda: sparsifier.prune(.501))
         rows.append((context, *(n_bytes/(4*n*n) for n_bytes in (lasting, batch, jump))))
     return pd.DataFrame(rows, columns=['context', 'lasting', 'batch', 'jump'])
+
+# %% ../../nbs/experiments/36_bench.ipynb #9ad21c02
+def bench_batchnorm(
+    arch:str, # A network, a name for `get_arch`
+    batch:tuple[torch.Tensor, torch.Tensor], # Inputs and classes, on the device to measure
+    n:int, # Batches of the epoch
+    rounds:int # Trainings of one epoch, with the estimate and without it
+)->pd.DataFrame: # A row for each round: network, batches, epoch_s, estimate_s, end_s, added in per cent
+    """How much longer an epoch is with the estimate; `end_s` is what follows the last batch without an estimate"""
+    model = get_arch(arch)(num_classes=10).to(batch[0].device)
+    def _epoch_and_end(bn_batches):
+        *_,last,end = times = _batch_times(deepcopy(model), batch, n, SparsifyCallback(.9, bn_batches=bn_batches))
+        return (last-times[0])*n/(n-1),end-last # The first batch began before its time was taken.
+    rows = []
+    _epoch_and_end(1) # The first training of a process is slower than all others.
+    for _ in progress_bar(range(rounds)):
+        (epoch,with_estimate),(_,without) = _epoch_and_end(12),_epoch_and_end(0)
+        rows.append((arch, n, epoch, with_estimate-without, without, 100*(with_estimate-without)/epoch))
+    return pd.DataFrame(rows, columns=['network', 'batches', 'epoch_s', 'estimate_s', 'end_s', 'added'])
 
 # %% ../../nbs/experiments/36_bench.ipynb #18db44f2
 @call_parse
@@ -229,17 +253,18 @@ def bench(
     max_weights:int=10**8, # Largest pool for the selection alone
     out:Path='results' # Folder for the tables and the plot
 ):
-    "Measure what pruning adds to a training step, and selection alone, on the GPU if there is one"
+    "Measure what pruning adds to a training step and to an epoch, and selection alone, on the GPU if there is one"
     out = Path(out)
     device = default_device()
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
     common_cbs = gpu_callbacks(bf16, channels_last)
     measure = partial(bench_steps, batch=batch, sparsity=sparsity, n=batches, total=total, rounds=rounds,
         common_cbs=common_cbs)
-    steps = pd.concat([measure(arch) for arch in archs.split(',')])
+    steps = pd.concat([measure(arch) for arch in parse_list(archs)])
     steps = steps.assign(bs=bs, size=size, sparsity=sparsity, bf16=bf16, channels_last=channels_last)
     sizes = [10**i for i in range(6, len(str(max_weights)))]
-    tables = dict(steps=steps, selection=bench_selection(sizes, device, rounds))
+    batchnorm = pd.concat([bench_batchnorm(arch, batch, 100, 3) for arch in parse_list(archs)])
+    tables = dict(steps=steps, batchnorm=batchnorm, selection=bench_selection(sizes, device, rounds))
     if device.type=='cuda' or Path('/proc/self/clear_refs').exists(): tables['memory'] = bench_memory(4096, device)
     save_plot(plot_added(steps), out/f'bench_{device.type}.png')
     for name,df in tables.items():
