@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from fastai.basics import Callback
 from onecycle_prune.callback import SparsifyCallback
-from onecycle_prune.deploy.regions import Region
 from torch import nn
 
 # For tensors or dicts of them, bit for bit.
@@ -25,9 +24,14 @@ def zeros(m):
 
 def all_plans(module):
     "The plans that the regions of `module` have made; None stands for a shape that was left to PyTorch"
-    holders = [o for m in module.modules() for o in (m, m.__dict__.get('forward')) if isinstance(o, nn.Module)]
-    regions = {o for m in holders for o in m.modules() if isinstance(o, Region)}
-    return [plan for r in regions for plan in r._plans.values()]
+    from onecycle_prune.deploy.regions import all_regions # It needs numba, as few tests do.
+    return [plan for r in all_regions(module) for plan in r._plans.values()]
+
+
+def assert_planned(module):
+    "Plans, and not PyTorch, have computed the regions of `module` for each shape so far"
+    plans = all_plans(module)
+    assert plans and all(plans)
 
 
 def channel(m, c):

@@ -204,11 +204,9 @@ def _input_shapes(network, layers, xs):
 def _sparse_ms(built, xs):
     "{name: milliseconds} of the layers in the regions of `built`"
     if not _regions(): return _product_ms(built, _input_shapes(built, _layers(built), xs))
-    modules = [o for m in built.modules() for o in (m, m.__dict__.get('forward')) if isinstance(o, nn.Module)]
-    regions = {o for m in modules for o in m.modules() if isinstance(o, _regions().Region)}
     given, times = {}, {}
     def _note(region, args): given[region] = args
-    handles = [r.register_forward_pre_hook(_note) for r in regions]
+    handles = [r.register_forward_pre_hook(_note) for r in _regions().all_regions(built)]
     try: built(*xs)
     finally:
         for o in handles: o.remove()
