@@ -223,16 +223,18 @@ def bench_memory(
 def bench_batchnorm(
     arch:str, # A network, a name for `get_arch`
     batch:tuple[torch.Tensor, torch.Tensor], # Inputs and classes, on the device to measure
-    n:int, # Batches of the epoch
-    rounds:int # Trainings of one epoch, with the estimate and without it
+    n:int, # Batches of the epoch, at least 2
+    rounds:int, # Trainings of one epoch, with the estimate and without it
+    common_cbs=() # Functions that make callbacks for all trainings, as `gpu_callbacks` returns them
 )->pd.DataFrame: # A row for each round: network, batches, epoch_s, estimate_s, end_s, added in per cent
-    """How much longer an epoch is with the estimate; `end_s` is what follows the last batch without an estimate"""
+    "How much longer an epoch is with the estimate; `end_s` is what follows the last batch without an estimate"
     model = get_arch(arch)(num_classes=10).to(batch[0].device)
-    def _epoch_and_end(bn_batches):
-        *_,last,end = times = _batch_times(deepcopy(model), batch, n, SparsifyCallback(.9, bn_batches=bn_batches))
+    def _epoch_and_end(bn_batches, n=n):
+        cbs = [make() for make in common_cbs] + [SparsifyCallback(.9, bn_batches=bn_batches)]
+        *_,last,end = times = _batch_times(deepcopy(model), batch, n, cbs)
         return (last-times[0])*n/(n-1),end-last # The first batch began before its time was taken.
     rows = []
-    _epoch_and_end(1) # The first training of a process is slower than all others.
+    _epoch_and_end(1, n=2) # The first training of a process is slower than all others.
     for _ in progress_bar(range(rounds)):
         (epoch,with_estimate),(_,without) = _epoch_and_end(12),_epoch_and_end(0)
         rows.append((arch, n, epoch, with_estimate-without, without, 100*(with_estimate-without)/epoch))
@@ -258,12 +260,13 @@ def bench(
     device = default_device()
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
     common_cbs = gpu_callbacks(bf16, channels_last)
+    archs = parse_list(archs)
     measure = partial(bench_steps, batch=batch, sparsity=sparsity, n=batches, total=total, rounds=rounds,
         common_cbs=common_cbs)
-    steps = pd.concat([measure(arch) for arch in parse_list(archs)])
+    steps = pd.concat([measure(arch) for arch in archs])
     steps = steps.assign(bs=bs, size=size, sparsity=sparsity, bf16=bf16, channels_last=channels_last)
     sizes = [10**i for i in range(6, len(str(max_weights)))]
-    batchnorm = pd.concat([bench_batchnorm(arch, batch, 100, 3) for arch in parse_list(archs)])
+    batchnorm = pd.concat([bench_batchnorm(arch, batch, 100, 3, common_cbs) for arch in archs])
     tables = dict(steps=steps, batchnorm=batchnorm, selection=bench_selection(sizes, device, rounds))
     if device.type=='cuda' or Path('/proc/self/clear_refs').exists(): tables['memory'] = bench_memory(4096, device)
     save_plot(plot_added(steps), out/f'bench_{device.type}.png')

@@ -154,13 +154,13 @@ def plot_ratios(
     ax.axvline(1, color='0.5', lw=1)
     ax.invert_yaxis()
     ax.set(xlabel='how many times faster speed_up is', ylabel='')
-    ax.legend()
+    ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=2) # above the bars
     return ax
 
 # %% ../../nbs/experiments/39_bench_inference.ipynb #234588f5
 @call_parse
 def bench_inference(
-    archs:str='resnet18', # Networks of torchvision, separated by commas, as are the next lists
+    archs:str='resnet18', # Networks, names for `get_arch`, separated by commas, as are the next lists
     sparsities:str='.8,.9,.95,.98', # Fractions of the weights that are zero
     contexts:str='local', # local: each layer by itself; global: one pool
     batches:str='1,16', # Images of a call
@@ -172,11 +172,11 @@ def bench_inference(
 ):
     "Time pruned networks in PyTorch, ONNX Runtime, OpenVINO and with `speed_up`"
     names = [o for o in runtimes if compile or o!='torch.compile']
-    lists = parse_list(archs), parse_list(sparsities, float), parse_list(contexts), parse_list(batches, int)
-    n_threads = parse_list(threads, int) if threads else [torch.get_num_threads()]
     out, before = Path(out), torch.get_num_threads()
     df = pd.read_csv(out) if out.exists() else pd.DataFrame()
     try:
+        lists = parse_list(archs), parse_list(sparsities, float), parse_list(contexts), parse_list(batches, int)
+        n_threads = parse_list(threads, int) if threads else [before]
         for n,arch,sparsity,context,batch in progress_bar(list(itertools.product(n_threads, *lists))):
             torch.set_num_threads(n)
             rows = pd.DataFrame(bench_network(arch, sparsity, context, batch, size, names, seconds))
