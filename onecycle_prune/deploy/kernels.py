@@ -12,7 +12,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/kernels.html.md"""
 
 # %% auto #0
 __all__ = ['width', 'kinds', 'load', 'split', 'conv', 'max_pool', 'mean_pool', 'add', 'multiply', 'affine', 'activate',
-           'normalize', 'store', 'step_type', 'activations', 'positions_of_item', 'counters_of_step', 'run']
+           'normalize', 'store', 'step_type', 'tile_side', 'activations', 'positions_of_item', 'counters_of_step',
+           'run']
 
 # %% ../../nbs/deploy/41_kernels.ipynb #44b6c135
 import numpy as np, os
@@ -130,6 +131,26 @@ def _split_16(typingctx, source, even, odd):
             builder.store(builder.shuffle_vector(x, x, lanes), _at(builder, to, ir.VectorType(_f32, 8)), align=4)
         return context.get_dummy_value()
     return types.void(*[types.int64]*3), _codegen
+
+tile_side = width//8
+
+@intrinsic
+def _transpose_tile(typingctx, source, source_bytes, out, out_bytes):
+    "Copy a square of `tile_side` rows and columns, so that its columns become rows; the last of each two is a row's length"
+    vector = ir.VectorType(_f32, tile_side)
+    def _codegen(context, builder, signature, args):
+        source, source_bytes, out, out_bytes = args
+        def _row(start, length, i): return builder.add(start, builder.mul(length, ir.Constant(_i64, i)))
+        rows = [_load(builder, _row(source, source_bytes, i), vector) for i in range(tile_side)]
+        half, n = tile_side//2, tile_side
+        # To interleave the halves once for each doubling of `tile_side` brings number j of row i to place i of row j.
+        lanes = [[j//2 + j%2*n for j in range(first, first+n)] for first in (0, n)]
+        lanes = [ir.Constant(ir.VectorType(_i32, n), o) for o in lanes]
+        for _ in range(n.bit_length()-1):
+            rows = [builder.shuffle_vector(rows[i], rows[i+half], o) for i in range(half) for o in lanes]
+        for i,row in enumerate(rows): builder.store(row, _at(builder, _row(out, out_bytes, i), vector), align=4)
+        return context.get_dummy_value()
+    return types.void(*[types.int64]*4), _codegen
 
 # %% ../../nbs/deploy/41_kernels.ipynb #38d10cb8
 @njit
@@ -289,32 +310,44 @@ def _split(step, item, arena, values, source):
                 for b in range(sx): _zero_frame(step, arena, first_plane+b, 0, step.n_positions)
 
 @njit
-def _load_transposed(step, item, arena, values, source):
-    "Copy an input whose channels are neighbours, 16 channels at a time"
+def _transpose(values, first, row, n, m, out, to, out_row):
+    "Copy a matrix of `n` rows and `m` columns from the place `first` on, so that its columns become rows"
+    from_at, to_at = values.ctypes.data + 4*first, out.ctypes.data + 4*to
+    for i in range(0, n, tile_side):
+        for j in range(0, m, tile_side):
+            if i+tile_side <= n and j+tile_side <= m:
+                _transpose_tile(from_at + 4*(i*row + j), 4*row, to_at + 4*(j*out_row + i), 4*out_row)
+                continue
+            for k in range(i, min(i+tile_side, n)):
+                for l in range(j, min(j+tile_side, m)): out[to + l*out_row + k] = values[first + k*row + l]
+
+@njit
+def _load_transposed(step, item, arena, values):
+    "Load an input whose channels are neighbours; the last image may have fewer columns"
     c0, c1 = _channels(step, item)
-    for c in range(c0, c1, 16):
-        for y in range(step.out_rows):
-            for x in range(step.out_columns):
-                first = source + y*step.row_stride + x*step.column_stride
-                at = step.out + y*step.out_stride + x
-                for d in range(c, min(c+16, c1)): arena[at + d*step.out_plane] = values[first+d]
+    for y in range(step.out_rows):
+        first = y*step.row_stride
+        n = min(step.out_columns, (len(values)-first)//step.column_stride)
+        to = step.out + c0*step.out_plane + y*step.out_stride
+        _transpose(values, first+c0, step.column_stride, n, c1-c0, arena, to, step.out_plane)
     if step.framed:
         for c in range(c0, c1): _zero_frame(step, arena, c, 0, step.n_positions)
 
 @njit
-def _store(step, item, arena, values, to):
+def _store_transposed(step, item, arena, values):
     c0, c1 = _channels(step, item)
-    if step.channel_stride==1:
-        for c in range(c0, c1, 16):
-            for y in range(step.source_rows):
-                for x in range(step.source_columns):
-                    first = to + y*step.row_stride + x*step.column_stride
-                    at = step.source + y*step.source_stride + x
-                    for d in range(c, min(c+16, c1)): values[first+d] = arena[at + d*step.source_plane]
-        return
+    for y in range(step.source_rows):
+        first = step.source + c0*step.source_plane + y*step.source_stride
+        to = y*step.row_stride
+        n = min(step.source_columns, (len(values)-to)//step.column_stride)
+        _transpose(arena, first, step.source_plane, c1-c0, n, values, to+c0, step.column_stride)
+
+@njit
+def _store(step, item, arena, values):
+    c0, c1 = _channels(step, item)
     for c in range(c0, c1):
         for y in range(step.source_rows):
-            first = to + c*step.channel_stride + y*step.row_stride
+            first = c*step.channel_stride + y*step.row_stride
             at = step.source + c*step.source_plane + y*step.source_stride
             _copy(arena, at, 1, values, first, step.source_columns)
 
@@ -519,11 +552,13 @@ def _run_item(step, item, image, arena, tensors, tables):
     elif step.kind==normalize: _normalize(step, item, arena, scales, shifts)
     elif step.kind!=load and step.kind!=store: _elementwise(step, item, arena, scales, shifts)
     else:
-        address, n = tensors[step.tensor, 0], tensors[step.tensor, 1]
-        values = carray(_pointer(address + 4*image*n), n, np.float32)
-        if step.kind==store: _store(step, item, arena, values, 0)
-        elif step.column_stride==1: _split(step, item, arena, values, 0)
-        else: _load_transposed(step, item, arena, values, 0)
+        address, n, total = tensors[step.tensor]
+        values = carray(_pointer(address + 4*image*n), min(n, total - image*n), np.float32)
+        if step.kind==load:
+            if step.column_stride==1: _split(step, item, arena, values, 0)
+            else: _load_transposed(step, item, arena, values)
+        elif step.channel_stride==1: _store_transposed(step, item, arena, values)
+        else: _store(step, item, arena, values)
 
 @njit(nogil=True, cache=True)
 def run(
@@ -531,7 +566,7 @@ def run(
     tables, # offsets (bytes, int32), weights (float32), starts (int64), biases, scales, shifts (float32): all flat
     arena, # Memory of this thread, float32
     shared_arena, # Memory that all threads share
-    tensors, # Of shape (T, 2): address of each input and output, and how many numbers an image has in it
+    tensors, # Of shape (T, 3): address of each input and output, how many numbers an image has in it, and all images
     n_alone, # The first images, each of which one thread computes
     n_images, # All images
     counters # int64, zeros at the start: 8, and `counters_of_step` for each step of each image after `n_alone`

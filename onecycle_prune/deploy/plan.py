@@ -17,7 +17,7 @@ import numpy as np, time, torch
 from dataclasses import dataclass, field
 from math import inf
 from threading import Lock
-from .kernels import activations, counters_of_step, kinds, positions_of_item, run, step_type, width
+from .kernels import activations, counters_of_step, kinds, positions_of_item, run, step_type, tile_side, width
 from .workers import run_together
 
 # %% ../../nbs/deploy/43_plan.ipynb #0dcff673
@@ -321,8 +321,8 @@ class Plan:
         nodes:list[Node], # Each after its sources
         shapes:list[tuple[int, int, int]] # Channels, rows and columns of each `Input`, in their order
     ):
-        inputs = [o for o in nodes if isinstance(o, Input)]
-        self.shapes = dict(zip(inputs, shapes))
+        self.inputs = [o for o in nodes if isinstance(o, Input)]
+        self.shapes = dict(zip(self.inputs, shapes))
         for o in nodes:
             sources = o.sources + ([o.other] if isinstance(o, Conv) and o.other else [])
             if o not in self.shapes: self.shapes[o] = tuple(map(int, o.shape(*[self.shapes[s] for s in sources])))
@@ -330,7 +330,7 @@ class Plan:
         self.outputs = [o for o in nodes if isinstance(o, Output)]
         self._layout = _Layout(nodes, self.shapes)
         tables = _Tables()
-        tensors = inputs + self.outputs
+        tensors = self.inputs + self.outputs
         self.steps = np.array([self._record(o, tables, tensors) for o in self._layout.steps])
         self.tables = tables.arrays()
         self._free, self._lock = [], Lock()
@@ -368,7 +368,9 @@ class Plan:
             if not node.is_max: r['scale'] = 1/(kernel[0]*kernel[1])
         elif step.kind in ('affine', 'normalize'): r['filter'] = tables.add_scale(node)
         elif step.kind=='activate': r['function'], r['scale'] = activations.index(node.function), node.argument
-        r['channels_of_item'] = -(-c//16)
+        of_item = -(-c//16)
+        # Channels that are neighbours are copied in whole tiles.
+        r['channels_of_item'] = _round_up(of_item, tile_side) if r['channel_stride']==1 else of_item
         r['n_items'] = -(-r['n_channels']//r['channels_of_item'])
         if step.kind=='normalize':
             r['scale'], r['n_items'] = node.eps, -(-out.n_positions//positions_of_item)
@@ -391,15 +393,20 @@ class Plan:
     def __call__(self,
         *xs:torch.Tensor # float32 on the CPU, for each input of shape (images, *shape)
     )->list[torch.Tensor]: # For each output, of shape (images, *shape)
-        "Compute the outputs with as many threads as torch uses"
-        n_images, n_threads = len(xs[0]), torch.get_num_threads()
+        """Compute the outputs with as many threads as torch uses
+
+        A plan of one row whose inputs and outputs are `channels_last` also takes tensors of shape (positions, channels),
+        where the last image may be incomplete, and returns such."""
+        n, n_threads, is_rows = len(xs[0]), torch.get_num_threads(), xs[0].ndim==2
         xs = [x.contiguous() for x in xs]
         outs = []
         for o in self.outputs:
             c, h, w = self.shapes[o]
-            outs.append(torch.empty(n_images, *((h, w, c) if o.channels_last else (c, h, w))))
-        if n_images==0: return outs
-        tensors = np.array([(t.data_ptr(), t[0].numel()) for t in (*xs, *outs)], np.int64)
+            outs.append(torch.empty(n, *((c,) if is_rows else (h, w, c) if o.channels_last else (c, h, w))))
+        if n==0: return outs
+        of_image = [int(np.prod(self.shapes[o])) for o in (*self.inputs, *self.outputs)]
+        tensors = np.array([(t.data_ptr(), k, t.numel()) for t,k in zip((*xs, *outs), of_image)], np.int64)
+        n_images = -(-tensors[0, 2]//tensors[0, 1])
         n_alone = n_images//n_threads*n_threads
         counters = np.zeros(8 + (n_images-n_alone)*len(self.steps)*counters_of_step, np.int64)
         # One for each thread, and the last one to share, where they are needed
@@ -417,7 +424,7 @@ class Plan:
     )->dict[str, float]: # {name: milliseconds} for each convolution
         "How long each convolution takes: one thread computes one image; the time is scaled to all images and threads"
         arena, times = self._arena(), {}
-        tensors = np.zeros((0, 2), np.int64)
+        tensors = np.zeros((0, 3), np.int64)
         for i,step in enumerate(self._layout.steps):
             if step.kind!='conv': continue
             calls, end = [], time.perf_counter() + seconds

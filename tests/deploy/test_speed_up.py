@@ -6,6 +6,7 @@ from fastai.learner import load_learner
 from fastai.vision.all import TensorImage, xresnet18
 from onecycle_prune.all import Sparsifier, costs, plot_costs, speed_up
 from onecycle_prune.deploy import speed_up as module
+from onecycle_prune.deploy.regions import all_regions
 from torch import nn
 from torch.nn.utils import parametrize, prune as torch_prune
 
@@ -80,6 +81,17 @@ class TestNetworks:
         assert_near(fast(x), net(x))
         names = {n.name for plan in all_plans(fast.built) for n in plan.shapes}
         assert sum(n.endswith('in_proj') for n in names) == 2
+        # After the convolution of the image, the layers between attention and attention are one region.
+        of_regions = [[type(n).__name__ for n in r.nodes] for r in all_regions(fast.built)]
+        assert sum(o.count('Conv') == 2 and 'Activate' in o and 'Normalize' in o for o in of_regions) == 2
+
+    def test_index_of_a_region(self):
+        "What takes a part of an output stays in PyTorch"
+        class Net(nn.Sequential):
+            def forward(self, x): return super().forward(x)[:, 0]
+        net = pruned(Net(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 20)))
+        x = torch.randn(3, 5, 20)
+        assert_near(plans(net, x)(x), net(x))
 
     def test_swin(self):
         net = pruned(torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=5))
