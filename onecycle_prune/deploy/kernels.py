@@ -136,7 +136,7 @@ tile_side = width//8
 
 @intrinsic
 def _transpose_tile(typingctx, source, source_bytes, out, out_bytes):
-    "Copy a square of `tile_side` rows and columns, so that its columns become rows; the last of each two is a row's length"
+    "Copy a square of `tile_side` rows and columns, so that its columns become rows; bytes are from a row to the next"
     vector = ir.VectorType(_f32, tile_side)
     def _codegen(context, builder, signature, args):
         source, source_bytes, out, out_bytes = args

@@ -17,7 +17,8 @@ import numpy as np, time, torch
 from dataclasses import dataclass, field
 from math import inf
 from threading import Lock
-from .kernels import activations, counters_of_step, kinds, positions_of_item, run, step_type, tile_side, width
+from onecycle_prune.deploy.kernels import (activations, counters_of_step, kinds, positions_of_item, run, step_type,
+    tile_side, width)
 from .workers import run_together
 
 # %% ../../nbs/deploy/43_plan.ipynb #0dcff673
@@ -395,8 +396,8 @@ class Plan:
     )->list[torch.Tensor]: # For each output, of shape (images, *shape)
         """Compute the outputs with as many threads as torch uses
 
-        A plan of one row whose inputs and outputs are `channels_last` also takes tensors of shape (positions, channels),
-        where the last image may be incomplete, and returns such."""
+        A plan of one row whose inputs and outputs are `channels_last` also takes tensors of shape (positions,
+        channels), where the last image may be incomplete, and returns such."""
         n, n_threads, is_rows = len(xs[0]), torch.get_num_threads(), xs[0].ndim==2
         xs = [x.contiguous() for x in xs]
         outs = []
