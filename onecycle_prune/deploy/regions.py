@@ -37,7 +37,10 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.follow = follow
 
-    def is_leaf_module(self, m, name): return not self.follow or super().is_leaf_module(m, name) or _has_hooks(m)
+    def is_leaf_module(self, m, name):
+        # Also a subclass that computes as a layer of PyTorch does
+        is_layer = type(m).forward.__module__.startswith('torch.nn') and not isinstance(m, nn.Sequential)
+        return not self.follow or is_layer or super().is_leaf_module(m, name) or _has_hooks(m)
 
     def call_module(self, m, forward, args, kwargs):
         before = set(self.graph.nodes)

@@ -29,7 +29,11 @@ def digits_folder(
             pixels = (im.reshape(8, 8) * 255/16).astype('uint8') # scikit-learn's values are 0 to 16
             Image.fromarray(pixels).save(folder/str(label)/f'{i:04}.png')
     dest = Path(dest)
-    if not dest.exists() or not any(dest.iterdir()): atomic_write(dest, _write_images)
+    def _is_missing(): return not dest.exists() or not any(dest.iterdir())
+    if _is_missing():
+        try: atomic_write(dest, _write_images)
+        except OSError:
+            if _is_missing(): raise # and otherwise another process was faster
     return dest
 
 # %% ../../nbs/experiments/32_data.ipynb #256118a0

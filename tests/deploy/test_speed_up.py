@@ -3,6 +3,7 @@ import copy, multiprocessing, os, pickle, threading, warnings
 
 import pandas as pd, pytest, torch, torchvision
 from fastai.learner import load_learner
+from fastai.tabular.model import TabularModel
 from fastai.vision.all import TensorImage, xresnet18
 from onecycle_prune.all import Sparsifier, costs, plot_costs, speed_up
 from onecycle_prune.deploy import speed_up as module
@@ -102,6 +103,14 @@ class TestNetworks:
         net = pruned(xresnet18(n_out=5))
         x = torch.randn(2, 3, 64, 64)
         assert_near(plans(net, x)(x), net(x))
+
+    def test_tabular(self):
+        net = pruned(TabularModel([(10, 3), (5, 2)], 3, 2, layers=[50, 20]))
+        xs = torch.randint(0, 5, (7, 2)), torch.randn(7, 3)
+        fast = plans(net, *xs)
+        assert_near(fast(*xs), net(*xs))
+        # fastai's embedding is a subclass, and still one call.
+        assert not [o for o in fast.built.graph.nodes if o.op == 'get_attr']
 
     @pytest.mark.parametrize('batch_first', [True, False])
     def test_transformer_encoder(self, batch_first):

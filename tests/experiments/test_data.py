@@ -132,3 +132,17 @@ def test_digits_are_not_mirrored():
     x = TensorImage(torch.arange(1, 9).expand(64, 3, 8, 8).clone())
     inner = slice(crop.pad, -crop.pad)
     assert (crop(x, split_idx=0)[:, :, inner, inner].diff(dim=3) == 1).all()
+
+
+def test_digits_of_two_processes(tmp_path, monkeypatch):
+    "Another process may write the same folder in the meantime"
+    load, calls = data.load_digits, []
+
+    def slow(**kwargs):
+        calls.append(1)
+        if len(calls) == 1: data.digits_folder(tmp_path/'digits')  # the other process
+        return load(**kwargs)
+    monkeypatch.setattr(data, 'load_digits', slow)
+    assert len(list(data.digits_folder(tmp_path/'digits').glob('*/*.png'))) == 1797
+    assert [o.name for o in tmp_path.iterdir()] == ['digits']
+    assert len(calls) == 2
