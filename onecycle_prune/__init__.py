@@ -11,7 +11,7 @@
 - `onecycle_prune.deploy.plan`: A part of a network as one sequence of steps, which runs without returning to PyTorch in between
 - `onecycle_prune.deploy.regions`: Which parts of a network run as plans, and how they are found in it
 - `onecycle_prune.deploy.speed_up`: A network that skips its zeros, for inference on a CPU
-- `onecycle_prune.deploy.workers`: Threads that wait for work, for kernels that release Python's lock
+- `onecycle_prune.deploy.workers`: Several threads at once, for kernels that release Python's lock
 - `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
 - `onecycle_prune.experiments.bench`: The cost of pruning: the time it adds to a training step, for this package and for fasterai
 - `onecycle_prune.experiments.bench_inference`: How fast a pruned network is on a CPU: PyTorch, ONNX Runtime, OpenVINO and `speed_up`

@@ -1,6 +1,8 @@
-"""Threads that wait for work, for kernels that release Python's lock
+"""Several threads at once, for kernels that release Python's lock
 
-To start the threads of a parallel loop takes about as long as a layer of a sparse network. So a plan starts its threads once for the whole network. They are ordinary Python threads: compiled kernels release Python's lock, so they run at the same time.
+To start the threads of a parallel loop takes about as long as a layer of a sparse network. So a plan starts its threads once for the whole network.
+
+They are PyTorch's own threads where these can be reached: on Linux, where PyTorch comes with GNU's OpenMP. After each operation of PyTorch, its threads wait actively for the next one, and would keep the processor from any others. Elsewhere they are ordinary Python threads. Compiled kernels release Python's lock, so they run at the same time.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/workers.html.md"""
 
@@ -10,8 +12,10 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/workers.html.md"""
 __all__ = ['run_together']
 
 # %% ../../nbs/deploy/42_workers.ipynb #b6f30f28
-import os
+import ctypes, os, torch
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 from threading import Lock, Thread
 
 # %% ../../nbs/deploy/42_workers.ipynb #33dcd583
@@ -39,9 +43,50 @@ class _Worker:
             self._func = None # A worker that waits keeps no network alive.
             self._end.release()
 
+class _PythonThreads:
+    "Threads that are kept for the next call"
+    def __init__(self): self.workers = []
+
+    def run(self, func, n_threads):
+        while len(self.workers) < n_threads-1: self.workers.append(_Worker())
+        workers = self.workers[:n_threads-1]
+        for i, worker in enumerate(workers): worker.start(lambda i=i: func(i+1))
+        try: func(0)
+        finally:
+            for worker in workers: worker.wait()
+
+# %% ../../nbs/deploy/42_workers.ipynb #33dcd584
+_task = ctypes.CFUNCTYPE(None, ctypes.c_void_p) # Called from a thread of another library, it takes Python's lock.
+
+class _OpenMPThreads:
+    "The threads of GNU's OpenMP, from the library at `path`"
+    def __init__(self, path):
+        # https://gcc.gnu.org/onlinedocs/libgomp/Implementing-PARALLEL-construct.html
+        self._parallel = ctypes.CDLL(str(path)).GOMP_parallel
+        self._parallel.argtypes, self._parallel.restype = [_task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+
+    def run(self, func, n_threads):
+        numbers, errors = count(), []
+        def _run(_):
+            try: func(next(numbers))
+            except BaseException as e: errors.append(e) # Nobody would see it; also Ctrl-C.
+        self._parallel(_task(_run), None, n_threads, 0)
+        if errors: raise errors[0]
+
+def _openmp_path():
+    "The library that PyTorch comes with and uses, or None"
+    if 'OpenMP' not in torch.__config__.parallel_info(): return
+    return next((Path(torch.__file__).parent/'lib').glob('libgomp*.so*'), None)
+
+# %% ../../nbs/deploy/42_workers.ipynb #33dcd585
+_first_pid = os.getpid()
+
 class _Team:
-    "The workers of a process, and who uses them"
-    def __init__(self): self.pid, self.workers, self.in_use = os.getpid(), [], Lock()
+    "The threads of a process, and whether they are in use"
+    def __init__(self):
+        self.pid, self.in_use, path = os.getpid(), Lock(), _openmp_path()
+        # After a fork, OpenMP waits forever for threads that are not there.
+        self.threads = _OpenMPThreads(path) if path and self.pid==_first_pid else _PythonThreads()
 
 _team = _Team()
 
@@ -54,11 +99,5 @@ def run_together(
     if _team.pid!=os.getpid(): _team = _Team() # Threads do not survive a fork.
     team = _team
     if n_threads==1 or not team.in_use.acquire(blocking=False): return func(0)
-    try:
-        while len(team.workers) < n_threads-1: team.workers.append(_Worker())
-        workers = team.workers[:n_threads-1]
-        for i, worker in enumerate(workers): worker.start(lambda i=i: func(i+1))
-        try: func(0)
-        finally:
-            for worker in workers: worker.wait()
+    try: team.threads.run(func, n_threads)
     finally: team.in_use.release()
