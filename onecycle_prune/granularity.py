@@ -82,6 +82,7 @@ def group_axes(
 class Granularity:
     "The groups of weights that are pruned together: they span the axes that `group_axes` lists under its name"
     sparsity = None # the final sparsity that a pattern implies; only n:m patterns imply one
+    run = 0,0 # of an n:m pattern: the weights of a run, and how many of them may be pruned
     def __init__(self,
         name:str # A name in `granularities`
     ): self.name = granularity_aliases.get(name, name)
@@ -101,6 +102,11 @@ class Granularity:
         "Why `m` cannot have this granularity"
         if self.supports(m): return ''
         return f"{m.__class__.__name__} does not support granularity {self}, only {', '.join(map(repr, group_axes(m)))}"
+
+    @property
+    def of_weights(self)->bool: # True for n:m patterns too
+        "Whether a group is a single weight"
+        return self.name=='weight' or self.run!=(0, 0)
 
     def _spanned_dims(self, m): return tuple(axes(m).index(a) for a in group_axes(m)[self.name])
 
@@ -150,6 +156,7 @@ class NM(Granularity):
         self.n,self.m = map(int, name.split(':'))
         if not 0 < self.n < self.m:
             raise ValueError(f"An n:m pattern keeps n of every m weights: 0 < n < m, got {name!r}.")
+        self.run = self.m,self.m-self.n
         self.sparsity = (self.m-self.n) / self.m
 
     def supports(self, m): return 'i' in axes(m)
@@ -160,6 +167,12 @@ class NM(Granularity):
         return f"{n_inputs} input channels do not divide by {self.m}, as {self} needs" if n_inputs % self.m else ''
 
     def _spanned_dims(self, m): return ()
+
+    def stride(self,
+        m:nn.Module # A layer
+    )->int: # Numbers in memory
+        "How far two neighbours of a run lie apart in `m.weight`"
+        return m.weight.stride(axes(m).index('i') - 1)
 
     def _to_blocks(self, t, m):
         "View `t` with the input channels last, in blocks of `m`"

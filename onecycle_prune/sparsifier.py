@@ -306,12 +306,15 @@ class Sparsifier:
         for pool,k in zip(self.pools, counts):
             if not k and pool.n_pruned!=0:
                 for p in pool.pruned.values(): p.zero_()
-            elif k and not self._is_magnitude: # for magnitudes, `commit` has zeroed the weights
-                for n in pool.pruned: self._zero(n)
+            elif k:
+                for n in pool.pruned: # with a formula, `commit` has zeroed the weights of all layers that were ranked
+                    if not self._formula or n in left_alone: self._zero(n)
             pool.n_pruned = k
 
     @property
-    def _is_magnitude(self): return self.criteria is large_final and self.granularity.name=='weight'
+    def _formula(self):
+        "How the scores of single weights follow from the weights and one other tensor of each; None: in another way"
+        return getattr(self.criteria, 'formula', None) if self.granularity.of_weights else None
 
     def _left_alone(self):
         "The layers that have no gradient in this step, if the criterion needs one; their masks do not change"
@@ -340,8 +343,18 @@ class Sparsifier:
         names = [n for n in pool.pruned if n not in left_alone]
         n_others = sum(int(pool.pruned[n].count_nonzero()) for n in pool.pruned if n in left_alone)
         return Problem([pool.pruned[n] for n in names], k - n_others, lambda: [self._scores(n) for n in names],
-            weights=[self.layers[n].weight for n in names] if self._is_magnitude else None,
-            n_pruned=pool.count() - n_others, protect=pool.protect)
+            n_pruned=pool.count() - n_others, protect=pool.protect, **self._for_kernels(names))
+
+    def _for_kernels(self, names):
+        "What a kernel needs to compute the scores of layers, if it can"
+        if not self._formula: return {}
+        layers = [self.layers[n] for n in names]
+        others = strides = None
+        if self.memory: others = [self.memory[n] for n in names]
+        elif hasattr(self.criteria, 'needs_gradient'): others = [m.weight.grad for m in layers]
+        if self.granularity.sparsity: strides = [self.granularity.stride(m) for m in layers]
+        return dict(weights=[m.weight for m in layers], formula=self._formula, others=others, strides=strides,
+            run=self.granularity.run)
 
     @property
     def _criterion_name(self): return getattr(self.criteria, '__name__', str(self.criteria))

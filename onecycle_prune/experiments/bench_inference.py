@@ -154,7 +154,8 @@ def ratios(
 )->pd.DataFrame: # A row for each network and input: times in ms, and how many times faster `speed_up` is
     "Compare `speed_up` with the faster form of PyTorch, and with the faster other runtime in float32"
     keys = ['device', 'threads', 'network', 'sparsity', 'context', 'batch']
-    times = df.pivot_table(index=keys, columns='runtime', values='ms', sort=False)
+    # What was measured several times is shown by its median.
+    times = df.pivot_table(index=keys, columns='runtime', values='ms', aggfunc='median', sort=False)
     eager = times[[o for o in ('PyTorch', 'PyTorch, channels last') if o in times]].min(axis=1)
     others = times[[o for o in ('torch.compile', 'ONNX Runtime', 'OpenVINO') if o in times]].min(axis=1)
     return times.assign(**{'times PyTorch': eager/times.speed_up, 'times others': others/times.speed_up})

@@ -50,10 +50,10 @@ class Selection:
         self.n_problems = len(problems)
         #: Bool, one for each problem: whether its weights are finite, if its backend checks them. A GPU answers later.
         self.finite = None
-        placements = [_device_and_dtype(p) for p in problems]
-        for placement in dict.fromkeys(placements): # a backend takes one device and precision
+        placements = [_placement(p) for p in problems]
+        for placement in dict.fromkeys(placements): # a backend takes one device, precision and way to score
             waiting = [i for i,o in enumerate(placements) if o==placement]
-            for backend in backends(*placement):
+            for backend in backends(*placement[:2]):
                 taken = [i for i in waiting if backend.supports(problems[i])]
                 if not taken: continue
                 part = backend([problems[i] for i in taken])
@@ -82,8 +82,8 @@ class Selection:
                 if not falls_back: res[i] = n
         return res
 
-def _device_and_dtype(problem):
-    return problem.pruned[0].device,problem.weights[0].dtype if problem.weights else None
+def _placement(problem):
+    return problem.pruned[0].device,problem.weights[0].dtype if problem.weights else None,problem.formula,problem.run
 
 def select(
     problems:list[Problem] # One for each pool

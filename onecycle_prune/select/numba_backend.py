@@ -1,8 +1,8 @@
-"""Fused magnitude pruning on a CPU: one pass over the weights
+"""Fused pruning on a CPU: scores, selection and zeroing in one pass over the weights
 
-Nearly every training prunes single weights by magnitude. Then one pass over the weights can score, select and zero. This backend does that for all pools of a model together, with the loops of [numba_kernels](23_numba_kernels.ipynb). It needs no other memory of the model's size.
+Nearly every training prunes single weights, by a score that follows from the weight and at most one other number: its value at the start, its gradient. Then one pass over the weights can score, select and zero. This backend does that for all pools of a model together, with the loops of [numba_kernels](23_numba_kernels.ipynb). It needs no other memory of the model's size.
 
-It takes only problems that have `weights`, and prunes the same weights as `reference.prune_lowest` with the scores `w.abs()`. It leaves unusual problems to the next backend.
+It takes only problems that have `weights`, and prunes the same weights as `reference.prune_lowest` with the problem's scores. It leaves unusual problems to the next backend.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/select/numba_backend.html.md"""
 
@@ -26,12 +26,12 @@ def _block_layout(
 ):
     "How the layers of all pools are split into blocks: arrays with one value a block or a pool"
     sizes = [n for layers in pools for n in layers]
-    layer,start,size = np.array([(l, i, min(kernels.block_size, n-i)) for l,n in enumerate(sizes)
+    layer,start,stop = np.array([(l, i, min(i+kernels.block_size, n)) for l,n in enumerate(sizes)
                                  for i in range(0, n, kernels.block_size)]).T
     pool_of_layer = np.repeat(np.arange(len(pools)), [len(layers) for layers in pools])
-    pool = pool_of_layer[layer]
+    pool,size = pool_of_layer[layer],stop-start
     sampled = size//kernels.sample_every*kernels.sample_run + np.minimum(size%kernels.sample_every, kernels.sample_run)
-    return SimpleNamespace(layer=layer, start=start, size=size, pool=pool,
+    return SimpleNamespace(layer=layer, start=start, stop=stop, size=size, pool=pool,
         first_block=np.searchsorted(pool, np.arange(len(pools))),
         layers=[np.flatnonzero(pool_of_layer==p) for p in range(len(pools))],
         sampled_share=[sampled[pool==p].sum()/sum(layers) for p,layers in enumerate(pools)])
@@ -39,24 +39,34 @@ def _block_layout(
 @cache
 def _inf(dtype): return as_ints(torch.tensor([torch.inf], dtype=dtype)).numpy()[0]
 
+@cache
+def _places(stride, m):
+    "The places of weights in their runs of `m`, from the first weight of a run on, for one period and a vector more"
+    return (np.arange(stride*m + 16)//stride%m).astype(np.int32)
+
 # %% ../../nbs/select/24_numba_backend.ipynb #3f0e08aa
 class NumbaBackend:
-    "The backend for magnitudes of plain weights on a CPU"
-    finite = None # weights that are not finite fall back, and the next backend's scores raise the error
+    "The backend for plain weights on a CPU, with scores of one of the `formulas`; all problems have the same"
+    finite = None # scores that are not finite fall back, and the next backend's scores raise the error
 
     @staticmethod
-    def supports(problem): return problem.fusable
+    def supports(problem):
+        in_floats = problem.fusable and problem.weights[0].dtype in (torch.float32, torch.float64)
+        return problem.fusable and (in_floats or problem.formula in kernels.only_integers)
 
     def __init__(self, problems):
         self.weights = [w for p in problems for w in p.weights] # held, since the kernels know only addresses
         self.pruned = [m for p in problems for m in p.pruned]
+        self.others = [o for p in problems for o in p.others or [None]*len(p.weights)]
         self.n_prune = np.array([p.n_prune for p in problems])
         self.inf = _inf(self.weights[0].dtype)
+        self.formula,self.run = kernels.formulas[problems[0].formula],problems[0].run
         self.layout = _block_layout(tuple(tuple(w.numel() for w in p.weights) for p in problems))
-        layers = np.array([(w.data_ptr(), m.data_ptr()) for w,m in zip(self.weights, self.pruned)])
-        weights,masks = layers[self.layout.layer].T # addresses, one for each block
-        self.blocks = np.column_stack((weights + self.layout.start*self.inf.itemsize, masks + self.layout.start,
-                                       self.layout.size))
+        strides = [s for p in problems for s in p.strides or [0]*len(p.weights)]
+        self.places = [_places(s, self.run[0]) if s else np.zeros(0) for s in strides]
+        layers = np.array([(w.data_ptr(), m.data_ptr(), 0 if o is None else o.data_ptr(), w.numel(), s, a.ctypes.data)
+            for w,m,o,s,a in zip(self.weights, self.pruned, self.others, strides, self.places)])[self.layout.layer]
+        self.blocks = np.column_stack((layers[:, :4], self.layout.start, self.layout.stop, layers[:, 4:]))
         self.candidates = np.empty((len(self.blocks), kernels.block_size//64), np.uint64)
         self.counts = np.zeros(len(self.blocks), int)
         self._find_candidates()
@@ -64,7 +74,8 @@ class NumbaBackend:
 
     def commit(self):
         rows = self._rows((self.n_prune > 0) & ~self.fallback)
-        kernels.prune_candidates(rows, self.blocks, self.candidates, self.thresholds[self.layout.pool], self.to_prune)
+        kernels.prune_candidates(rows, self.blocks, self.formula, self.candidates, self.thresholds[self.layout.pool],
+                                 self.to_prune)
         for w in self.weights: mark_changed(w)
 
     def _rows(self, pools): return np.flatnonzero(pools[self.layout.pool])
@@ -76,27 +87,28 @@ class NumbaBackend:
         todo = np.ones(len(limit), bool)
         while todo.any():
             for p in np.flatnonzero(todo): limit[p] = next(limits[p])
-            kernels.find_candidates(self._rows(todo), self.blocks, limit[self.layout.pool], self.inf,
-                                    self.candidates, self.counts)
+            kernels.find_candidates(self._rows(todo), self.blocks, self.formula, *self.run, self.inf,
+                                    limit[self.layout.pool], self.candidates, self.counts)
             self.n_candidates = np.add.reduceat(self.counts, self.layout.first_block)
             todo = self.n_candidates < self.n_prune
 
     def _limits(self):
-        "For each pool, rising limits for the keys of its candidates; -1 means none"
-        unknown = np.iinfo(self.inf.dtype).max
+        "For each pool, rising limits for the keys of its candidates; the lowest integer means none"
+        lowest,unknown = (getattr(np.iinfo(self.inf.dtype), o) for o in ('min', 'max'))
         sample_size = kernels.block_size//kernels.sample_every*kernels.sample_run
         samples = np.full((len(self.blocks), sample_size), unknown, self.inf.dtype)
-        kernels.sample_keys(self.blocks, samples)
+        kernels.sample_keys(self.blocks, self.formula, *self.run, self.inf, samples)
         samples = np.split(samples, self.layout.first_block[1:])
-        return [bounds(s.ravel(), n*share, self.inf) if n else iter([-1])
+        return [bounds(s.ravel(), n*share, self.inf) if n else iter([lowest])
                 for s,n,share in zip(samples, self.n_prune.tolist(), self.layout.sampled_share)]
 
     def _find_thresholds(self):
         "The threshold of each pool, how many ties each block prunes, and which pools fall back"
         keys = np.empty(self.n_candidates.sum(), self.inf.dtype)
-        max_magnitude = np.zeros(len(self.blocks), self.inf.dtype)
+        highest = np.zeros(len(self.blocks), self.inf.dtype)
         starts = np.cumsum(self.counts) - self.counts
-        kernels.gather_keys(self._rows(self.n_prune > 0), self.blocks, self.candidates, starts, keys, max_magnitude)
+        kernels.gather_keys(self._rows(self.n_prune > 0), self.blocks, self.formula, self.inf, self.candidates, starts,
+                            keys, highest)
         self.thresholds = np.zeros_like(self.n_prune, self.inf.dtype)
         self.n_ties = [None]*len(self.n_prune)
         ties = {} # {pool that has more ties than it prunes: how many it prunes}
@@ -108,18 +120,18 @@ class NumbaBackend:
             n_pruned,n_kept = (np.count_nonzero(o==threshold) for o in (pool_keys[:n], pool_keys[n:]))
             self.n_ties[p] = n_pruned + n_kept
             if n_kept: ties[p] = n_pruned
-        not_finite = np.maximum.reduceat(max_magnitude, self.layout.first_block) >= self.inf
+        not_finite = np.maximum.reduceat(highest, self.layout.first_block) >= self.inf
         out_of_order = [p in ties and not all(self.weights[l].is_contiguous() for l in layers)
                         for p,layers in enumerate(self.layout.layers)]
-        self.fallback = (self.n_prune > 0) & (not_finite | self._may_collapse(max_magnitude) | out_of_order)
+        self.fallback = (self.n_prune > 0) & (not_finite | self._may_collapse(highest) | out_of_order)
         self.to_prune = self._ties_per_block(ties)
 
-    def _may_collapse(self, max_magnitude):
+    def _may_collapse(self, highest):
         "For each pool, whether one of its several layers could lose all weights"
         def _collapses(layer, threshold):
             blocks = self.layout.layer==layer
             # Counting is slow, so only a layer that would lose all its candidates is counted.
-            return (max_magnitude[blocks].max() <= threshold and
+            return (highest[blocks].max() <= threshold and
                     self.counts[blocks].sum() + int(self.pruned[layer].count_nonzero()) == self.weights[layer].numel())
         return np.array([len(layers) > 1 and any(_collapses(l, threshold) for l in layers)
                          for layers,threshold in zip(self.layout.layers, self.thresholds)])
@@ -130,7 +142,7 @@ class NumbaBackend:
         if not ties: return to_prune
         n_ties = np.zeros_like(self.counts)
         rows = self._rows(np.isin(np.arange(len(self.n_prune)), list(ties)))
-        kernels.count_ties(rows, self.blocks, self.candidates, self.thresholds[self.layout.pool], n_ties)
+        kernels.count_ties(rows, self.blocks, self.formula, self.candidates, self.thresholds[self.layout.pool], n_ties)
         for p,n in ties.items():
             blocks = self.layout.pool==p
             before = np.cumsum(n_ties[blocks]) - n_ties[blocks]

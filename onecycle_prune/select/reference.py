@@ -23,10 +23,16 @@ class Problem:
     pruned:list[torch.Tensor] # Mask of each layer: bool, True = pruned, of any shape; a backend changes it in place
     k:int # How many groups shall be pruned in all: 0 to all, or with `protect` to all less L
     scores:Callable[[], list[torch.Tensor]] # Gives the scores of each layer, without NaN, in the shape of its mask
-    # The weights of each layer, if the scores are their magnitudes; the pruned ones become zero
+    # The weights w of each layer, if `formula` says how scores follow from them; the pruned ones become zero
     weights:list[torch.Tensor]|None = None
     n_pruned:int|None = None # How many groups are pruned now; counted if None
     protect:bool = True # Whether each of several layers keeps its best group, against layer collapse
+    formula:str = '|w|' # One of `numba_kernels.formulas`
+    others:list[torch.Tensor]|None = None # The tensor o of each layer, if the formula has one, in the weight's shape
+    # For n:m patterns: the weights of a run, and how many of them may be pruned; and of each layer, how many numbers
+    # lie between two weights of a run. Scores are infinite for weights that may not be pruned.
+    run:tuple[int, int] = (0, 0)
+    strides:list[int]|None = None
 
     def __post_init__(self):
         if self.n_pruned is None: self.n_pruned = sum(int(p.count_nonzero()) for p in self.pruned)
@@ -40,9 +46,11 @@ class Problem:
     def fusable(self)->bool:
         "Whether one fused pass may solve it: there are weights, none returns, and all lie in memory as their masks do"
         if self.weights is None or self.n_prune < 0: return False
-        like = self.weights[0]
-        return all(w.device==like.device and w.dtype==like.dtype and 0 < w.numel() < 2**31 and same_layout(w, p)
-                   for w,p in zip(self.weights, self.pruned))
+        like,others = self.weights[0],self.others or []
+        kind = like.device,like.dtype
+        def _is_like(t, p): return t is not None and (t.device, t.dtype)==kind and same_layout(t, p)
+        return all(_is_like(t, p) for ts in (self.weights, others) for t,p in zip(ts, self.pruned)) and all(
+            0 < w.numel() < 2**31 for w in self.weights)
 
     def zero_weights(self):
         "Zero the pruned weights, if there are weights"

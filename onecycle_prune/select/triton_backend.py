@@ -195,7 +195,7 @@ def _digits(n):
 class TritonBackend:
     "The backend for magnitudes of plain weights on a GPU"
     @staticmethod
-    def supports(problem): return problem.fusable
+    def supports(problem): return problem.fusable and problem.formula=='|w|' and problem.strides is None
 
     def __init__(self, problems):
         self.weights = [w for p in problems for w in p.weights] # held, since the kernels know only addresses

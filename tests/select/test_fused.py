@@ -1,5 +1,5 @@
-"Fused magnitude pruning gives the same as scoring, selecting and zeroing by a stable sort, in one or several threads."
-import os, subprocess, sys
+"Fused pruning gives the same as scoring, selecting and zeroing by a stable sort, in one or several threads."
+import itertools, os, subprocess, sys
 
 import pytest, torch
 from fastai.torch_core import TensorBase
@@ -89,6 +89,114 @@ def test_big(dtype):
     for s in (0, .001, .002, .002, .3, .3, .95):
         assert all(check([(*o, round(s*sum(map(len, o[0])))) for o in (shared, single)]))
         for w in shared[0]+single[0]: w.add_(torch.randn(w.shape, generator=g).to(dtype) * .01)
+
+
+#: {formula: the scores of weights `w` and the other tensor `o`, in the operations of torch}
+scores = {'|w|': lambda w, o: w.abs(), '-|w|': lambda w, o: -w.abs(), '|o|': lambda w, o: o.abs(),
+    '|w-o|': lambda w, o: (w-o).abs(), '|w*o|': lambda w, o: (w*o).abs(),
+    'min(|w|,|o|)': lambda w, o: torch.minimum(w.abs(), o.abs()), '|w|-|o|': lambda w, o: w.abs() - o.abs()}
+
+
+def allowed_by_run(x, pruned, m, n_allowed):
+    "Of each `m` neighbours along axis 1, those that come first: pruned ones, then the lowest scores, ties by index"
+    keys = x.double().masked_fill(pruned, -torch.inf).movedim(1, -1)
+    res = torch.zeros(keys.shape, dtype=torch.bool)
+    for i in itertools.product(*map(range, keys.shape[:-1])):
+        for start in range(0, keys.shape[-1], m):
+            run = keys[i][start:start+m].tolist()
+            res[i][[start + j for j in sorted(range(m), key=lambda j: (run[j], j))[:n_allowed]]] = True
+    return res.movedim(-1, 1)
+
+
+def check_scores(formula, weights, others, pruned, k, run=(0, 0)):
+    "The masks and the weights of a pool whose scores a formula gives"
+    found = [scores[formula](w, o) for w, o in zip(weights, others)]
+    if run[0]: found = [x.masked_fill(~allowed_by_run(x, g, *run), torch.inf) for x, g in zip(found, pruned)]
+    keys = torch.cat([x.double().masked_fill(g, -torch.inf).flatten() for x, g in zip(found, pruned)])
+    mask = torch.zeros_like(keys, dtype=torch.bool)
+    mask[keys.argsort(stable=True)[:k]] = True
+    masks = [x.view(g.shape) for x, g in zip(mask.split([g.numel() for g in pruned]), pruned)]
+    expected = [w.masked_fill(x, 0) for w, x in zip(weights, masks)]
+    strides = [w.stride(1) for w in weights] if run[0] else None
+    taken = Problem(pruned, k, lambda: pytest.fail('scores are not needed'), weights, formula=formula, others=others,
+        run=run, strides=strides)
+    assert NumbaBackend.supports(taken)
+    backend = NumbaBackend([taken])
+    backend.commit()
+    if backend.fallback[0]: return False
+    assert_same(pruned, masks)
+    assert_same(weights, expected)
+    return True
+
+
+def test_all_formulas(): assert list(scores) == list(kernels.formulas)
+
+
+@pytest.mark.parametrize('formula', scores)
+@pytest.mark.usefixtures('threads')
+class TestFormulas:
+    "Scores that the kernels compute are those of torch, bit for bit, so no mask differs"
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+    def test_random(self, formula, dtype):
+        g = torch.Generator().manual_seed(0)
+        sizes = 2*kernels.block_size+70, 900, 17
+        weights, others = ([torch.randn(n, generator=g).to(dtype) for n in sizes] for _ in range(2))
+        pruned = [torch.zeros(n, dtype=torch.bool) for n in sizes]
+        for s in (.001, .002, .002, .3, .7):
+            assert check_scores(formula, weights, others, pruned, round(s*sum(sizes)))
+            for t in weights: t.add_(torch.randn(t.shape, generator=g).to(dtype) * .01)
+
+    def test_ties(self, formula):
+        @quick
+        @given(st.lists(st.tuples(*[st.sampled_from([-2., -1., -.5, -0., 0., .5, 1.])]*2, st.booleans()),
+            min_size=1, max_size=150))
+        def holds(drawn):
+            for k in range(sum(o[2] for o in drawn), len(drawn)+1, 7):
+                w, o, pruned = (torch.tensor(x) for x in zip(*drawn))
+                assert check_scores(formula, [w], [o], [pruned], k)
+        holds()
+
+    @pytest.mark.parametrize('run', [(4, 2), (4, 3), (8, 4), (16, 8), (3, 1)], ids=str)
+    @pytest.mark.parametrize('last', [False, True], ids=['contiguous', 'channels last'])
+    def test_runs(self, formula, run, last):
+        "n:m patterns along the channels, whatever lies between them in memory"
+        g = torch.Generator().manual_seed(0)
+        shapes = [(6, 2*run[0], 3, 3), (3, 8*run[0], 1, 1), (2, 5*run[0], 2, 7), (40, run[0], 1, 1)]
+        def tensors():
+            ts = [torch.randn(o, generator=g) for o in shapes]
+            if not last: return [t.mul_(4).round_().div_(4) for t in ts]  # with ties
+            return [t.contiguous(memory_format=torch.channels_last) for t in ts]
+        weights, others = tensors(), tensors()
+        pruned = [torch.zeros_like(w, dtype=torch.bool) for w in weights]
+        most = sum(w.numel() for w in weights)*run[1]//run[0]
+        for s in (.1, .11, .5, .9, 1):
+            assert check_scores(formula, weights, others, pruned, round(s*most), run)
+            for t in weights: t.add_(torch.randn(shapes[0], generator=g).flatten()[0] * .01)
+
+    def test_not_finite(self, formula):
+        "A score that is not finite falls back; also one that a pattern keeps"
+        for value in (torch.nan, torch.inf, -torch.inf):
+            if formula.startswith('min') and value == value: continue  # the smaller one is finite
+            w, o = torch.arange(1., 17).view(1, 16), torch.full((1, 16), 3.)
+            (o if formula == '|o|' else w)[0, 3] = value
+            for run in ((0, 0), (4, 2)):
+                args = [w.clone()], [o], [torch.zeros(1, 16, dtype=torch.bool)], 2, run
+                assert not check_scores(formula, *args)
+
+
+def test_half_precision():
+    "Torch rounds a difference of half precision in a way of its own, so it is left to torch"
+    w, pruned = torch.rand(4, 8).half(), torch.zeros(4, 8, dtype=torch.bool)
+    def supported(formula): return NumbaBackend.supports(Problem([pruned], 3, None, [w], formula=formula, others=[w]))
+    assert [f for f in scores if supported(f)] == ['|w|', '-|w|']
+
+
+def test_others():
+    "Not fused: another tensor that is missing, or lies in memory in another way"
+    w, pruned = torch.rand(4, 5, 6, 6), torch.zeros(4, 5, 6, 6, dtype=torch.bool)
+    for o in (None, w.to(memory_format=torch.channels_last), w.double()):
+        assert not Problem([pruned], 3, None, [w], formula='|w*o|', others=[o]).fusable
+    assert Problem([pruned], 3, None, [w], formula='|w*o|', others=[w]).fusable
 
 
 @pytest.mark.usefixtures('threads')
