@@ -540,7 +540,9 @@ if os.name=='nt':
     def _give_way(): return None
 else: _give_way = types.ExternalFunction('sched_yield', types.int32())
 
-counters_of_step = 16 # Each counter has a cache line of its own.
+def counters_of_step(n_threads):
+    "How many counters a step has: of the items that are done, and of those that are taken of each thread's part"
+    return 8*(1 + n_threads) # Each has a cache line of its own.
 
 @njit
 def _run_item(step, item, image, arena, tensors, tables):
@@ -569,6 +571,8 @@ def run(
     tensors, # Of shape (T, 3): address of each input and output, how many numbers an image has in it, and all images
     n_alone, # The first images, each of which one thread computes
     n_images, # All images
+    thread, # The number of this thread
+    n_threads, # How many threads there may be
     counters # int64, zeros at the start: 8, and `counters_of_step` for each step of each image after `n_alone`
 ):
     "Run a plan; several threads call this at the same time, with the same `counters`"
@@ -577,17 +581,20 @@ def run(
         for s in range(len(steps)):
             for item in range(steps[s].n_items): _run_item(steps[s], item, image, arena, tensors, tables)
         image = _fetch_add(counters, 0, 1)
-    taken = 8
+    done = 8
     for image in range(n_alone, n_images):
         for s in range(len(steps)):
             n_items = steps[s].n_items
-            item = _fetch_add(counters, taken, 1)
-            while item < n_items:
-                _run_item(steps[s], item, image, shared_arena, tensors, tables)
-                _fetch_add(counters, taken+8, 1)
-                item = _fetch_add(counters, taken, 1)
+            for turn in range(n_threads):
+                part = (thread+turn)%n_threads
+                first, last, taken = part*n_items//n_threads, (part+1)*n_items//n_threads, done + 8*(1+part)
+                item = first + _fetch_add(counters, taken, 1)
+                while item < last:
+                    _run_item(steps[s], item, image, shared_arena, tensors, tables)
+                    _fetch_add(counters, done, 1)
+                    item = first + _fetch_add(counters, taken, 1)
             n_waits = 0
-            while _read(counters, taken+8) < n_items:
+            while _read(counters, done) < n_items:
                 n_waits += 1
                 if n_waits > 1000: _give_way()
-            taken += counters_of_step
+            done += 8*(1+n_threads)

@@ -409,12 +409,12 @@ class Plan:
         tensors = np.array([(t.data_ptr(), k, t.numel()) for t,k in zip((*xs, *outs), of_image)], np.int64)
         n_images = -(-tensors[0, 2]//tensors[0, 1])
         n_alone = n_images//n_threads*n_threads
-        counters = np.zeros(8 + (n_images-n_alone)*len(self.steps)*counters_of_step, np.int64)
+        counters = np.zeros(8 + (n_images-n_alone)*len(self.steps)*counters_of_step(n_threads), np.int64)
         # One for each thread, and the last one to share, where they are needed
         arenas = [self._arena() for _ in range(min(n_threads, n_alone) + (n_alone < n_images))]
         def _work(i):
             own = arenas[i] if n_alone else arenas[-1]
-            run(self.steps, self.tables, own, arenas[-1], tensors, n_alone, n_images, counters)
+            run(self.steps, self.tables, own, arenas[-1], tensors, n_alone, n_images, i, n_threads, counters)
         run_together(_work, n_threads)
         with self._lock: self._free += arenas
         return outs
@@ -431,7 +431,7 @@ class Plan:
             calls, end = [], time.perf_counter() + seconds
             while len(calls) < 3 or time.perf_counter() < end:
                 start = time.perf_counter()
-                run(self.steps[i:i+1], self.tables, arena, arena, tensors, 1, 1, np.zeros(8, np.int64))
+                run(self.steps[i:i+1], self.tables, arena, arena, tensors, 1, 1, 0, 1, np.zeros(8, np.int64))
                 calls.append(time.perf_counter() - start)
             ms = 1000*float(np.median(calls)) * n_images/torch.get_num_threads()
             times[step.node.name] = times.get(step.node.name, 0) + ms
