@@ -304,6 +304,25 @@ def _is_candidate(bits, other, pruned, i, formula, limit, inf, stride, m, n_allo
     if key > limit and abs(key) < inf: return False
     return not m or _is_allowed(bits, other, pruned, i, formula, inf, stride, m, n_allowed)
 
+@njit
+def _find_in_block(bits, other, pruned, start, stop, formula, m, n_allowed, inf, stride, places, limit, words):
+    "Zero the pruned weights of a block, and mark the candidates; returns their number"
+    n_words,n = (stop-start)//64,np.uint64(0)
+    for j in range(n_words):
+        i = start + 64*j
+        word = _candidates_64(bits, other, pruned, i, formula, limit, inf)
+        if m and word: word = _allowed_of(word, bits, other, pruned, i, formula, inf, stride, places, m, n_allowed)
+        words[j] = word
+        n += _count_ones(word)
+    if start + 64*n_words < stop:
+        word = np.uint64(0)
+        for i in range(start + 64*n_words, stop):
+            if _is_candidate(bits, other, pruned, i, formula, limit, inf, stride, m, n_allowed):
+                word |= np.uint64(1) << np.uint64(i%64)
+        words[n_words] = word
+        n += _count_ones(word)
+    return n
+
 @_compiled
 def find_candidates(
     rows:np.ndarray, # Which blocks
@@ -323,22 +342,12 @@ def find_candidates(
         b = rows[r]
         bits,pruned = _layer(blocks, b, limits)
         other,start,stop,stride,places = blocks[b, 2],blocks[b, 4],blocks[b, 5],blocks[b, 6],blocks[b, 7]
-        n = np.uint64(0)
-        for first in range(start, stop, 64):
-            word = np.uint64(0)
-            if first+64 <= stop:
-                # A number that the compiler knows makes the most frequent case faster, here and below.
-                if formula==0: word = _candidates_64(bits, other, pruned, first, 0, limits[b], inf)
-                else: word = _candidates_64(bits, other, pruned, first, formula, limits[b], inf)
-                if m and word:
-                    word = _allowed_of(word, bits, other, pruned, first, formula, inf, stride, places, m, n_allowed)
-            else:
-                for i in range(first, stop):
-                    if _is_candidate(bits, other, pruned, i, formula, limits[b], inf, stride, m, n_allowed):
-                        word |= np.uint64(1) << np.uint64(i-first)
-            candidates[b, (first-start)//64] = word
-            n += _count_ones(word)
-        counts[b] = n
+        # Numbers that the compiler knows make the most frequent case faster, here and below.
+        if formula==0 and m==0:
+            counts[b] = _find_in_block(bits, other, pruned, start, stop, 0, 0, 0, inf, 0, 0, limits[b], candidates[b])
+        else:
+            counts[b] = _find_in_block(bits, other, pruned, start, stop, formula, m, n_allowed, inf, stride, places,
+                                       limits[b], candidates[b])
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #434cde2e
 @njit
