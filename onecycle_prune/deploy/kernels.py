@@ -20,7 +20,7 @@ import numpy as np, os
 from llvmlite import binding, ir
 from numba import carray, config, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic,register_jitable
 
 # %% ../../nbs/deploy/41_kernels.ipynb #ed6337a9
 def _has_avx512()->bool:
@@ -540,6 +540,7 @@ if os.name=='nt':
     def _give_way(): return None
 else: _give_way = types.ExternalFunction('sched_yield', types.int32())
 
+@register_jitable
 def counters_of_step(n_threads):
     "How many counters a step has: of the items that are done, and of those that are taken of each thread's part"
     return 8*(1 + n_threads) # Each has a cache line of its own.
@@ -597,4 +598,4 @@ def run(
             while _read(counters, done) < n_items:
                 n_waits += 1
                 if n_waits > 1000: _give_way()
-            done += 8*(1+n_threads)
+            done += counters_of_step(n_threads)

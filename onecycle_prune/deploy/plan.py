@@ -332,6 +332,7 @@ class Plan:
         self._layout = _Layout(nodes, self.shapes)
         tables = _Tables()
         tensors = self.inputs + self.outputs
+        self._sizes = [int(np.prod(self.shapes[o])) for o in tensors] # of one image
         self.steps = np.array([self._record(o, tables, tensors) for o in self._layout.steps])
         self.tables = tables.arrays()
         self._free, self._lock = [], Lock()
@@ -405,8 +406,7 @@ class Plan:
             c, h, w = self.shapes[o]
             outs.append(torch.empty(n, *((c,) if is_rows else (h, w, c) if o.channels_last else (c, h, w))))
         if n==0: return outs
-        of_image = [int(np.prod(self.shapes[o])) for o in (*self.inputs, *self.outputs)]
-        tensors = np.array([(t.data_ptr(), k, t.numel()) for t,k in zip((*xs, *outs), of_image)], np.int64)
+        tensors = np.array([(t.data_ptr(), k, t.numel()) for t,k in zip((*xs, *outs), self._sizes)], np.int64)
         n_images = -(-tensors[0, 2]//tensors[0, 1])
         n_alone = n_images//n_threads*n_threads
         counters = np.zeros(8 + (n_images-n_alone)*len(self.steps)*counters_of_step(n_threads), np.int64)

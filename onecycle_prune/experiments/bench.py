@@ -12,7 +12,7 @@ __all__ = ['prune_methods', 'BatchTimer', 'step_time', 'middle_schedule', 'metho
 
 # %% ../../nbs/experiments/36_bench.ipynb #e41e1888
 from .common import env_info, gpu_callbacks, parse_list, save_plot # before fastai
-import ctypes, gc, time
+import ctypes, gc, sys, time
 from contextlib import redirect_stdout
 from copy import deepcopy
 from fastcore.script import call_parse, store_true
@@ -328,8 +328,10 @@ def bench(
         selection=lambda: bench_selection(sizes, device, rounds),
         memory=lambda: bench_memory(4096, device))
     chosen = parse_list(what)
-    for name in chosen:
-        if name not in tables: raise_unknown('table', name, tables)
+    try:
+        for name in chosen:
+            if name not in tables: raise_unknown('table', name, tables)
+    except ValueError as e: sys.exit(f'ocp-bench: {e}')
     if device.type!='cuda' and not Path('/proc/self/clear_refs').exists(): chosen = [o for o in chosen if o!='memory']
     for name in chosen:
         df = tables[name]().assign(**env_info(device))

@@ -51,8 +51,8 @@ class NumbaBackend:
 
     @staticmethod
     def supports(problem):
-        in_floats = problem.fusable and problem.weights[0].dtype in (torch.float32, torch.float64)
-        return problem.fusable and (in_floats or problem.formula in kernels.only_integers)
+        if not problem.fusable: return False
+        return problem.formula in kernels.only_integers or problem.weights[0].dtype in (torch.float32, torch.float64)
 
     def __init__(self, problems):
         self.weights = [w for p in problems for w in p.weights] # held, since the kernels know only addresses

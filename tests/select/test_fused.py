@@ -4,6 +4,7 @@ import itertools, os, subprocess, sys
 import pytest, torch
 from fastai.torch_core import TensorBase
 from hypothesis import given, settings, strategies as st
+from onecycle_prune.criteria import Criteria, criteria, needs_gradient
 from onecycle_prune.select import core
 from onecycle_prune.select.bits import zero_
 from onecycle_prune.select.core import Problem, select
@@ -130,6 +131,29 @@ def check_scores(formula, weights, others, pruned, k, run=(0, 0)):
 
 
 def test_all_formulas(): assert list(scores) == list(kernels.formulas)
+
+
+@pytest.mark.parametrize('granularity', ['weight', '2:4'])
+@pytest.mark.parametrize('name', sorted(criteria))
+def test_same_as_called(name, granularity):
+    "A criterion without its formula is called in each step, and prunes the same weights to the same numbers"
+    fused = criteria[name]
+    called = Criteria(fused.f, fused.memory) if isinstance(fused, Criteria) else lambda m: fused(m)
+    if hasattr(fused, 'needs_gradient'): needs_gradient(called)
+    assert fused.formula in scores and not hasattr(called, 'formula')
+    nets, sps = [], []
+    for criterion in (fused, called):
+        torch.manual_seed(0)
+        nets.append(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 12)))
+        sps.append(Sparsifier(nets[-1], granularity, criteria=criterion))
+    for s in (0, .1, .2, .2, .45, .3, .5):
+        for net, sp in zip(nets, sps):
+            torch.manual_seed(int(100*s))
+            for p in net.parameters():
+                p.data += torch.randn_like(p)*.01
+                p.grad = torch.randn_like(p)
+            sp.prune(s)
+        assert_same(*map(bits, nets))
 
 
 @pytest.mark.parametrize('formula', scores)
