@@ -28,6 +28,7 @@
 - `onecycle_prune.schedule`: The share of the target sparsity that is reached at each position of the training
 - `onecycle_prune.select.bits`: The bits of a weight as an integer, zeros written in place, and memory layouts
 - `onecycle_prune.select.core`: The one public function of selection: the exact k lowest of each pool
+- `onecycle_prune.select.group_backend`: Pruning groups of weights on a CPU: scores, means and zeroing in one pass over the weights
 - `onecycle_prune.select.numba_backend`: Fused pruning on a CPU: scores, selection and zeroing in one pass over the weights
 - `onecycle_prune.select.numba_kernels`: The loops over the weights that numba compiles, for one thread or several
 - `onecycle_prune.select.numpy_backend`: The same choice on a CPU, without a sort of the whole pool

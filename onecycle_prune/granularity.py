@@ -11,7 +11,8 @@ __all__ = ['conv', 'linear', 'recurrent', 'granularity_aliases', 'granularities'
            'grouped_view', 'group_axes', 'Granularity', 'NM', 'get_granularity']
 
 # %% ../nbs/03_granularity.ipynb #d02ceacc
-import re,torch
+import math,re,torch
+from functools import cache
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from ._utils import raise_unknown
@@ -78,6 +79,20 @@ def group_axes(
     spanned = {name: group.replace('k', space) for name,group in spanned.items()}
     return {name: group for name,group in spanned.items() if set(group) <= set(letters)}
 
+# %% ../nbs/03_granularity.ipynb #9ca39c74
+@cache
+def _layout(shape, strides, spanned):
+    "(rows, span, inner) of groups that span the dimensions `spanned` of a tensor, or None"
+    dims = sorted((d for d,n in enumerate(shape) if n > 1), key=lambda d: -strides[d])
+    n_inside = [math.prod(shape[d] for d in dims[i+1:]) for i in range(len(dims))]
+    of_groups = [d for d in dims if d not in spanned]
+    # The tensor is dense, and its groups follow in the order of their numbers.
+    if [strides[d] for d in dims]!=n_inside or of_groups!=sorted(of_groups): return None
+    places = [i for i,d in enumerate(dims) if d in spanned]
+    first,last = (places[0], places[-1]+1) if places else (len(dims), len(dims))
+    if len(places)!=last-first: return None # the spanned dimensions are no neighbours
+    return tuple(math.prod(shape[d] for d in part) for part in (dims[:first], dims[first:last], dims[last:]))
+
 # %% ../nbs/03_granularity.ipynb #b45874cf
 class Granularity:
     "The groups of weights that are pruned together: they span the axes that `group_axes` lists under its name"
@@ -128,6 +143,14 @@ class Granularity:
         w = grouped_view(m.weight, m)
         dims = self._spanned_dims(m)
         return (w.abs().amax(dims, keepdim=True) if dims else w) == 0
+
+    def layout(self,
+        m:nn.Module # The layer
+    )->tuple[int, int, int]|None: # (rows, span, inner); None if they lie in another way
+        """How the groups lie in the memory of `m.weight`: in rows, which hold `span` numbers of each of `inner` groups in turn.
+        The groups are then numbered as in `reduce`."""
+        w = grouped_view(m.weight, m)
+        return _layout(tuple(w.shape), w.stride(), self._spanned_dims(m))
 
     def constrain(self,
         scores:torch.Tensor, # Scores of the groups, as `reduce` returns them

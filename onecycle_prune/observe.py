@@ -289,7 +289,8 @@ class _Follower:
 
     def _constants(self, call, n_channels=None):
         "The parameters and buffers behind the constants of `call`, all or those with values for each of `n_channels`"
-        return {k: t for k,t in call.sources.items() if k in self.names and t.is_floating_point() and t.is_contiguous()
+        def _has_view(t): return t.ndim <= 1 or t.is_contiguous() # as `ChannelTensor.view` needs it
+        return {k: t for k,t in call.sources.items() if k in self.names and t.is_floating_point() and _has_view(t)
                 and (n_channels is None or n_channels in (t.numel(), *t.shape[:1]))}
 
     def _random_constants(self, call):

@@ -297,24 +297,21 @@ class Sparsifier:
         counts = [self._reachable(p, k, left_alone) for p,k in zip(self.pools, targets)]
         # A count of 0 needs no selection.
         active = [(p, k) for p,k in zip(self.pools, counts) if k and not left_alone.issuperset(p.pruned)]
-        problems = [self._problem(p, k, left_alone) for p,k in active]
+        ranked = [[n for n in p.pruned if n not in left_alone] for p,_ in active]
+        problems = [self._problem(p, k, names) for (p,k),names in zip(active, ranked)]
         selection = select(problems)
         if selection.finite is not None: self._check_weights([p for p,_ in active], selection.finite)
         selection.commit()
         for (pool,_),problem,n_ties in zip(active, problems, selection.n_ties):
             self._ties.check(self._criterion_name, list(pool.pruned), pool.n_groups, problem.n_prune, n_ties)
+        # If a problem has weights, `commit` has zeroed them.
+        zeroed = {n for names,problem in zip(ranked, problems) if problem.weights for n in names}
         for pool,k in zip(self.pools, counts):
             if not k and pool.n_pruned!=0:
                 for p in pool.pruned.values(): p.zero_()
             elif k:
-                for n in pool.pruned: # with a formula, `commit` has zeroed the weights of all layers that were ranked
-                    if not self._formula or n in left_alone: self._zero(n)
+                for n in pool.pruned: (self._zero_filter_tensors if n in zeroed else self._zero)(n)
             pool.n_pruned = k
-
-    @property
-    def _formula(self):
-        "How the scores of single weights follow from the weights and one other tensor of each; None: in another way"
-        return getattr(self.criteria, 'formula', None) if self.granularity.of_weights else None
 
     def _left_alone(self):
         "The layers that have no gradient in this step, if the criterion needs one; their masks do not change"
@@ -338,23 +335,24 @@ class Sparsifier:
         most = pool.count() + max(0, sum(p.numel() for p in ranked) - pool.n_kept(len(ranked)) - n_pruned)
         return max(pool.count() - n_pruned, min(k, most))
 
-    def _problem(self, pool, k, left_alone):
-        "The problem of a pool that shall have `k` pruned groups, without the layers in `left_alone`"
-        names = [n for n in pool.pruned if n not in left_alone]
-        n_others = sum(int(pool.pruned[n].count_nonzero()) for n in pool.pruned if n in left_alone)
+    def _problem(self, pool, k, names):
+        "The problem of a pool that shall have `k` pruned groups, of the layers `names` of it"
+        n_others = sum(int(p.count_nonzero()) for n,p in pool.pruned.items() if n not in names)
         return Problem([pool.pruned[n] for n in names], k - n_others, lambda: [self._scores(n) for n in names],
             n_pruned=pool.count() - n_others, protect=pool.protect, **self._for_kernels(names))
 
     def _for_kernels(self, names):
         "What a kernel needs to compute the scores of layers, if it can"
-        if not self._formula: return {}
+        formula = getattr(self.criteria, 'formula', None)
         layers = [self.layers[n] for n in names]
+        layouts = None if self.granularity.of_weights else [self.granularity.layout(m) for m in layers]
+        if not formula or layouts and None in layouts: return {}
         others = strides = None
         if self.memory: others = [self.memory[n] for n in names]
         elif hasattr(self.criteria, 'needs_gradient'): others = [m.weight.grad for m in layers]
         if self.granularity.sparsity: strides = [self.granularity.stride(m) for m in layers]
-        return dict(weights=[m.weight for m in layers], formula=self._formula, others=others, strides=strides,
-            run=self.granularity.run)
+        return dict(weights=[m.weight for m in layers], formula=formula, others=others, strides=strides,
+            run=self.granularity.run, layouts=layouts)
 
     @property
     def _criterion_name(self): return getattr(self.criteria, '__name__', str(self.criteria))
@@ -381,4 +379,8 @@ class Sparsifier:
         "Zero the pruned groups of one layer in place"
         m,pruned = self.chosen[name],self.pruned[name]
         zero_(grouped_view(m.weight, m), pruned)
-        for t in self.filter_tensors.get(name, []): zero_(t.view(), pruned.view(-1, 1))
+        self._zero_filter_tensors(name)
+
+    def _zero_filter_tensors(self, name):
+        "Zero what belongs to the pruned filters of one layer, such as their biases"
+        for t in self.filter_tensors.get(name, []): zero_(t.view(), self.pruned[name].view(-1, 1))

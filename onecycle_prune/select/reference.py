@@ -13,6 +13,7 @@ __all__ = ['Problem', 'protect_best', 'prune_lowest', 'Backend', 'Reference']
 import torch
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 from .bits import same_layout, zero_
 
@@ -33,6 +34,8 @@ class Problem:
     # lie between two weights of a run. Scores are infinite for weights that may not be pruned.
     run:tuple[int, int] = (0, 0)
     strides:list[int]|None = None
+    # For groups of weights, how those of each layer lie in memory, as of `Granularity.layout`; None: single weights
+    layouts:list[tuple[int, int, int]]|None = None
 
     def __post_init__(self):
         if self.n_pruned is None: self.n_pruned = sum(int(p.count_nonzero()) for p in self.pruned)
@@ -44,8 +47,9 @@ class Problem:
 
     @property
     def fusable(self)->bool:
-        "Whether one fused pass may solve it: there are weights, none returns, and all lie in memory as their masks do"
-        if self.weights is None or self.n_prune < 0: return False
+        """Whether one fused pass may solve it: there are weights, each with a mask, none returns, and all lie in memory as
+        their masks do"""
+        if self.weights is None or self.layouts or self.n_prune < 0: return False
         like,others = self.weights[0],self.others or []
         kind = like.device,like.dtype
         def _is_like(t, p): return t is not None and (t.device, t.dtype)==kind and same_layout(t, p)
@@ -54,7 +58,11 @@ class Problem:
 
     def zero_weights(self):
         "Zero the pruned weights, if there are weights"
-        for w,p in zip(self.weights or [], self.pruned): zero_(w, p.reshape(w.shape))
+        for w,p,layout in zip(self.weights or [], self.pruned, self.layouts or repeat(None)):
+            if not layout: zero_(w, p.reshape(w.shape))
+            else:
+                rows,span,inner = layout
+                zero_(w.as_strided(layout, (span*inner, inner, 1)), p.reshape(rows, 1, inner))
 
 # %% ../../nbs/select/21_reference.ipynb #84948439
 def protect_best(
