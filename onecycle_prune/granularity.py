@@ -147,8 +147,8 @@ class Granularity:
     def layout(self,
         m:nn.Module # The layer
     )->tuple[int, int, int]|None: # (rows, span, inner); None if they lie in another way
-        """How the groups lie in the memory of `m.weight`: in rows, which hold `span` numbers of each of `inner` groups in turn.
-        The groups are then numbered as in `reduce`."""
+        """How the groups lie in the memory of `m.weight`: in rows, which hold `span` numbers of each of `inner` groups
+        in turn. The groups are then numbered as in `reduce`."""
         w = grouped_view(m.weight, m)
         return _layout(tuple(w.shape), w.stride(), self._spanned_dims(m))
 

@@ -49,36 +49,37 @@ def _sum_scores(w, o, formula, lanes, sums):
         for i in range(0, n_whole, n_lanes): _add_scores(w[i:i+n_lanes], o[i:i+n_lanes], formula, lanes)
         for i in range(0, n_lanes, inner):
             for j in range(inner): sums[j] += lanes[i+j]
-    if inner==1: # in a register, which is faster
-        total = sums[0]
-        for i in range(n_whole, len(w)): total += _score(w[i], o[i], formula)
-        sums[0] = total
-    else:
-        for i in range(n_whole, len(w), inner): _add_scores(w[i:i+inner], o[i:i+inner], formula, sums)
+    for i in range(n_whole, len(w), inner): _add_scores(w[i:i+inner], o[i:i+inner], formula, sums)
 
 # %% ../../nbs/select/26_group_backend.ipynb #4922395c
 @njit
-def _zero(row, pruned):
-    "Zero the pruned groups of a row"
-    inner = len(pruned)
-    if inner==1:
-        if pruned[0]: row[:] = 0
-    elif pruned.any():
-        for i in range(0, len(row), inner):
-            for j in range(inner):
-                if pruned[j]: row[i+j] = 0
+def _zero(w, r, pruned, inner):
+    "Zero the pruned groups of row `r` of the rows `w` of a layer, which has the mask `pruned`"
+    for j in range(inner):
+        if pruned[r*inner+j]:
+            for i in range(j, w.shape[1], inner): w[r, i] = 0
 
 # %% ../../nbs/select/26_group_backend.ipynb #b58f7b26
 @njit
+def _score_short_rows(w, o, formula, pruned, first, stop, scores):
+    "As `_score_rows`, for rows of one group, so short that slices of them would take longer than their sums"
+    for r in range(first, stop):
+        _zero(w, r, pruned, 1)
+        if pruned[r]: continue # without reading the weights
+        total = scores.dtype.type(0)
+        for i in range(w.shape[1]): total += _score(w[r, i], o[r, i], formula)
+        scores[r] = total/w.shape[1]
+
+@njit
 def _score_rows(w, o, formula, pruned, span, first, stop, scores):
     "Zero the pruned groups of some rows of a layer, and score the others"
-    n_rows = len(w)
-    inner = len(pruned)//n_rows
-    lanes = np.empty(inner*max(1, 64//inner), scores.dtype)
+    inner = len(pruned)//len(w)
+    if inner==1 and span < 64: return _score_short_rows(w, o, formula, pruned, first, stop, scores)
+    lanes = np.empty(inner*16*max(1, 4//inner), scores.dtype) # a multiple of the length of vectors
     for r in range(first, stop):
-        of_row,sums = pruned[r*inner:(r+1)*inner],scores[r*inner:(r+1)*inner]
-        _zero(w[r], of_row)
-        if inner==1 and of_row[0]: continue # without reading the weights
+        _zero(w, r, pruned, inner)
+        if inner==1 and pruned[r]: continue
+        sums = scores[r*inner:(r+1)*inner]
         _sum_scores(w[r], o[r], formula, lanes, sums)
         for j in range(inner): sums[j] /= span
 
@@ -108,7 +109,7 @@ def zero_groups(
     for b in prange(len(blocks)):
         first,stop,span,inner,n,start = blocks[b, 3],blocks[b, 4],blocks[b, 5],blocks[b, 6],blocks[b, 7],blocks[b, 8]
         w = carray(_pointer(blocks[b, 0]), (n//(span*inner), span*inner), scores.dtype)
-        for r in range(first, stop): _zero(w[r], pruned[start + r*inner:start + (r+1)*inner])
+        for r in range(first, stop): _zero(w, r, pruned[start:], inner)
 
 # %% ../../nbs/select/26_group_backend.ipynb #ddbe9f1a
 _block_size = 2**15 # weights of a block, about
@@ -123,8 +124,8 @@ def _block_layout(
     start = np.cumsum(n_groups) - n_groups
     step = np.maximum(1, _block_size//(span*inner))
     layer,first = np.array([(l, i) for l in range(len(rows)) for i in range(0, rows[l], step[l])]).T
-    numbers = first,np.minimum(first+step[layer], rows[layer]),span[layer],inner[layer],(n_groups*span)[layer],start[layer]
-    return layer,np.column_stack(numbers)
+    stop = np.minimum(first+step[layer], rows[layer])
+    return layer,np.column_stack((first, stop, span[layer], inner[layer], (n_groups*span)[layer], start[layer]))
 
 # %% ../../nbs/select/26_group_backend.ipynb #1b28217d
 class GroupBackend:
@@ -135,7 +136,8 @@ class GroupBackend:
     def supports(problem):
         if problem.layouts is None or problem.n_prune < 0: return False
         dtype = problem.weights[0].dtype
-        def _is_plain(t): return type(t) in (torch.Tensor, torch.nn.Parameter) and t.dtype==dtype and t.device.type=='cpu'
+        plain = torch.Tensor,torch.nn.Parameter
+        def _is_plain(t): return type(t) in plain and t.dtype==dtype and t.device.type=='cpu'
         return (dtype in (torch.float32, torch.float64) and all(map(_is_plain, problem.weights))
             and all(_is_plain(o) and o.stride()==w.stride() for o,w in zip(problem.others or [], problem.weights))
             and all(p.is_contiguous() for p in problem.pruned))
@@ -149,9 +151,10 @@ class GroupBackend:
         self.blocks = np.column_stack((tensors[layer], numbers))
         self.scores = torch.zeros(sum(m.numel() for m in self.pruned), dtype=self.weights[0].dtype)
         score_groups(self.blocks, formulas[problems[0].formula], self.scores.numpy())
-        scores = iter(self.scores.split([m.numel() for m in self.pruned]))
-        of_problems = [[next(scores).view(m.shape) for m in p.pruned] for p in problems]
-        self.fallback = [not all(s.isfinite().all() for s in ss) for ss in of_problems]
+        of_layers = iter(self.scores.split([m.numel() for m in self.pruned]))
+        of_problems = [[next(of_layers).view(m.shape) for m in p.pruned] for p in problems]
+        is_finite = self.scores.isfinite().all() # the usual answer, for all problems at once
+        self.fallback = [not (is_finite or all(s.isfinite().all() for s in ss)) for ss in of_problems]
         self.selected = NumpyBackend([replace(p, scores=lambda ss=ss: ss, weights=None)
             for p,ss,falls_back in zip(problems, of_problems, self.fallback) if not falls_back])
 

@@ -47,8 +47,8 @@ class Problem:
 
     @property
     def fusable(self)->bool:
-        """Whether one fused pass may solve it: there are weights, each with a mask, none returns, and all lie in memory as
-        their masks do"""
+        """Whether one fused pass may solve it: single weights, of which none returns, and all lie in memory as their
+        masks do"""
         if self.weights is None or self.layouts or self.n_prune < 0: return False
         like,others = self.weights[0],self.others or []
         kind = like.device,like.dtype
