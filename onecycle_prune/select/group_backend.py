@@ -77,8 +77,10 @@ def _score_rows(w, o, formula, pruned, span, first, stop, scores):
     if inner==1 and span < 64: return _score_short_rows(w, o, formula, pruned, first, stop, scores)
     lanes = np.empty(inner*16*max(1, 4//inner), scores.dtype) # a multiple of the length of vectors
     for r in range(first, stop):
-        _zero(w, r, pruned, inner)
-        if inner==1 and pruned[r]: continue
+        if inner==1:
+            _zero(w, r, pruned, 1) # the compiler knows that its numbers are neighbours
+            if pruned[r]: continue
+        else: _zero(w, r, pruned, inner)
         sums = scores[r*inner:(r+1)*inner]
         _sum_scores(w[r], o[r], formula, lanes, sums)
         for j in range(inner): sums[j] /= span
@@ -109,7 +111,11 @@ def zero_groups(
     for b in prange(len(blocks)):
         first,stop,span,inner,n,start = blocks[b, 3],blocks[b, 4],blocks[b, 5],blocks[b, 6],blocks[b, 7],blocks[b, 8]
         w = carray(_pointer(blocks[b, 0]), (n//(span*inner), span*inner), scores.dtype)
-        for r in range(first, stop): _zero(w, r, pruned[start:], inner)
+        of_layer = pruned[start:]
+        if inner==1:
+            for r in range(first, stop): _zero(w, r, of_layer, 1)
+        else:
+            for r in range(first, stop): _zero(w, r, of_layer, inner)
 
 # %% ../../nbs/select/26_group_backend.ipynb #ddbe9f1a
 _block_size = 2**15 # weights of a block, about
