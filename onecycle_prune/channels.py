@@ -16,7 +16,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/channels.html.md"""
 # %% auto #0
 __all__ = ['record_mode', 'function_name', 'compact', 'Tracer', 'step_of', 'Coupled', 'Channels']
 
-# %% ../nbs/10_channels.ipynb #14ec5bcb
+# %% ../nbs/10_channels.ipynb #866c7e26
 import math, numpy as np, torch, torch.nn.functional as F
 from dataclasses import dataclass
 from scipy.sparse import coo_array
@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from .layers import tensor_names, unwrap_model
 from .observe import Call, preserved, record_calls
-from warnings import warn
 
 # %% ../nbs/10_channels.ipynb #828f61e8
 def _tensors(nested):
@@ -54,22 +53,23 @@ def record_mode(
         calls = record_calls(_Noted(network, outputs), args, kwargs)
     return calls,outputs
 
-# %% ../nbs/10_channels.ipynb #c895f251
+# %% ../nbs/10_channels.ipynb #7c28fd3b
 _identities = set("""alias as_subclass bfloat16 clone contiguous cpu cuda data detach double float half requires_grad to
     type type_as""".split())
 _dropouts = {'dropout', 'dropout1d', 'dropout2d', 'dropout3d'}
 _joins = set('cat concat concatenate stack hstack vstack dstack column_stack'.split())
 _reshapes = set('view reshape reshape_as view_as flatten unflatten ravel'.split())
-_picks = set("""getitem narrow select split split_with_sizes tensor_split unbind index_select""".split())
-_moves = _joins | _reshapes | _picks | set("""permute transpose swapaxes swapdims t T mT H adjoint movedim moveaxis squeeze
-    unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave roll flip rot90 pixel_unshuffle""".split())
+_picks = set('getitem narrow select split split_with_sizes tensor_split unbind index_select'.split())
+_moves = _joins | _reshapes | _picks | set("""permute transpose swapaxes swapdims t T mT H adjoint movedim moveaxis
+    squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave roll flip rot90
+    pixel_unshuffle""".split())
 _products = {'mul', 'multiply'}
 _arithmetic = _products | set('add sub div truediv floordiv mod pow and or xor'.split())
-_numberwise = _arithmetic | set("""subtract divide true_divide rsub maximum minimum where lerp addcmul addcdiv relu relu6
-    leaky_relu elu selu celu gelu silu mish sigmoid logsigmoid hardsigmoid hardswish hardtanh tanh tanhshrink hardshrink
-    softshrink softplus softsign threshold clamp clamp_min clamp_max clip exp exp2 expm1 log log2 log1p sqrt rsqrt square
-    abs neg negative sin cos tan atan erf reciprocal sign round floor ceil eq ne lt le gt ge logical_and logical_or
-    logical_not invert masked_fill nan_to_num""".split())
+_numberwise = _arithmetic | set("""subtract divide true_divide rsub maximum minimum where lerp addcmul addcdiv
+    relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid logsigmoid hardsigmoid hardswish hardtanh tanh
+    tanhshrink hardshrink softshrink softplus softsign threshold clamp clamp_min clamp_max clip exp exp2 expm1
+    log log2 log1p sqrt rsqrt square abs neg negative sin cos tan atan erf reciprocal sign round floor ceil eq
+    ne lt le gt ge logical_and logical_or logical_not invert masked_fill nan_to_num""".split())
 _reductions = set('mean sum amax amin max min var std prod logsumexp argmax argmin all any'.split())
 _mixes = set("""softmax log_softmax softmin cumsum cumprod normalize layer_norm rms_norm group_norm
     local_response_norm""".split())
@@ -104,8 +104,11 @@ def compact(
         if ((t==first) | (t.isnan() & first.isnan())).all(): t = first
     return t
 
-# %% ../nbs/10_channels.ipynb #62bd7771
-_nan = float('nan')
+# %% ../nbs/10_channels.ipynb #e93217fc
+_nan,_filled = float('nan'),'a tensor is filled step by step'
+
+def _unknown_values(t): return torch.full([1]*t.ndim, _nan, dtype=torch.double)
+def _no_labels(t): return torch.zeros([1]*t.ndim, dtype=torch.long)
 
 def _align(t, ndim):
     "`t` with as many axes as a tensor that it is broadcast to"
@@ -157,7 +160,7 @@ class Tracer:
         "The labels of any tensor"
         if id(t) in self.states: return self.states[id(t)][0]
         name = self.names.get(id(t))
-        if name is None or not t.is_floating_point(): return torch.zeros([1]*t.ndim, dtype=torch.long)
+        if name is None or not t.is_floating_point(): return _no_labels(t)
         if t.ndim==1: return self.of_axis(t, 0)
         if name not in self.elements: self.elements[name] = self.new(*t.shape)
         return self.elements[name]
@@ -180,9 +183,18 @@ class Tracer:
         if id(t) in self.states or id(t) in self.names: return
         is_filled = not is_data and maker is not None and t._version > 0
         if not is_data and not is_filled: return
-        labels = self.new(1, *t.shape[1:]) if is_data and t.ndim else self.new(*[1]*t.ndim)
-        self.fix(labels, 'input of the model' if is_data else 'a tensor is filled step by step')
-        self.states[id(t)] = labels,torch.full([1]*t.ndim, _nan, dtype=torch.double)
+        if not is_data:
+            self.states[id(t)] = self.opaque(t, _filled)
+            return
+        labels = self.new(1, *t.shape[1:]) if t.ndim else self.new()
+        self.fix(labels, 'input of the model')
+        self.states[id(t)] = labels,_unknown_values(t)
+
+    def opaque(self, t, reason):
+        "One fixed label for a whole tensor, and no known values"
+        label = self.new(*[1]*t.ndim)
+        self.fix(label, reason)
+        return label,_unknown_values(t)
 
     def _step(self, call):
         name = function_name(call.function)
@@ -196,8 +208,8 @@ _steps = {} # {name of a function: the step for its calls}
 def step_of(
     names # Of functions of torch
 ):
-    """Decorate the step for calls of these functions: a function of the tracer, the call and its name. It returns the labels \
-and the known values of each result"""
+    """Decorate the step for calls of these functions: a function of the tracer, the call and its name. \
+It returns the labels and the known values of each result."""
     def _add(step):
         _steps.update(dict.fromkeys(names, step))
         return step
@@ -229,9 +241,7 @@ def _unknown(tracer, call, name):
     for t in call.tensors:
         if id(t) in tracer.states: tracer.fix(tracer.labels(t), reason)
         elif id(t) in tracer.names: tracer.fixed_names[tracer.names[id(t)]] = reason
-    label = tracer.new(1)
-    tracer.fix(label, reason)
-    return [(label.view([1]*t.ndim), torch.full([1]*t.ndim, _nan, dtype=torch.double)) for t in _tensors(call.result)]
+    return [tracer.opaque(t, reason) for t in _tensors(call.result)]
 
 def _apart(tracer, t, axes, name):
     "Labels with size 1 along axes whose numbers a call mixes; channels that differ there are fixed"
@@ -239,7 +249,7 @@ def _apart(tracer, t, axes, name):
     if any(labels.shape[i] > 1 for i in axes): tracer.fix(labels, f'{name} mixes channels')
     return _inside(labels, axes)
 
-# %% ../nbs/10_channels.ipynb #2e01c7ce
+# %% ../nbs/10_channels.ipynb #2592ba74
 @step_of(_identities)
 def _identity(tracer, call, name): return [(tracer.labels(call.tensors[0]), tracer.values(call.tensors[0]))]
 
@@ -251,14 +261,12 @@ def _dropout(tracer, call, name):
 @step_of(_blanks)
 def _blank(tracer, call, name):
     "A new tensor of a given shape"
-    is_known = 'empty' not in name and not call.result._version
-    values = call.result.detach().double().cpu() if is_known else torch.full([1]*call.result.ndim, _nan).double()
-    return [(torch.zeros([1]*call.result.ndim, dtype=torch.long), compact(values))]
+    if call.result._version: return [tracer.opaque(call.result, _filled)]
+    values = _unknown_values(call.result) if 'empty' in name else call.result.detach().double().cpu()
+    return [(_no_labels(call.result), compact(values))]
 
 @step_of(_randoms)
-def _random(tracer, call, name):
-    ones = [1]*call.result.ndim
-    return [(torch.zeros(ones, dtype=torch.long), torch.full(ones, _nan, dtype=torch.double))]
+def _random(tracer, call, name): return [(_no_labels(call.result), _unknown_values(call.result))]
 
 @step_of(_moves)
 def _move(tracer, call, name):
@@ -322,12 +330,12 @@ def _channel_shuffle(tracer, call, name):
     tracer.tie(parts, parts.narrow(1, 0, 1))
     return _move(tracer, call, name)
 
-# %% ../nbs/10_channels.ipynb #6d8c973e
+# %% ../nbs/10_channels.ipynb #6b20ee99
 @step_of(_numberwise)
 def _elementwise(tracer, call, name):
     "Labels at equal places are one channel; a product with zero is zero"
     ndim = call.result.ndim
-    labels = torch.zeros([1]*ndim, dtype=torch.long)
+    labels = _no_labels(call.result)
     for t in call.tensors:
         own = _align(tracer.labels(t), ndim)
         tracer.tie(labels, own)
@@ -347,7 +355,7 @@ def _elementwise_values(tracer, call, name):
     values = [_align(tracer.values(t), ndim) for t in call.tensors]
     is_zero = torch.stack(torch.broadcast_tensors(*[v==0 for v in values])).any(0) & (name in _products)
     is_unknown = torch.stack(torch.broadcast_tensors(*[v.isnan() for v in values])).any(0) & ~is_zero
-    if is_unknown.all(): return torch.full([1]*ndim, _nan, dtype=torch.double)
+    if is_unknown.all(): return _unknown_values(call.result)
     known = {i: tracer.values(t).nan_to_num().to(t.dtype) for i,t in enumerate(call.tensors)}
     return compact(_run(tracer, call, known)[0].masked_fill(is_unknown, _nan))
 
@@ -398,7 +406,7 @@ def _mix(tracer, call, name):
     elif name=='normalize': axes = call.argument('dim') or 1,
     else: axes = _axes(call)
     _apart(tracer, t, axes, name)
-    return [(tracer.labels(t), torch.full([1]*t.ndim, _nan, dtype=torch.double))]
+    return [(tracer.labels(t), _unknown_values(t))]
 
 @step_of(('batch_norm', 'instance_norm'))
 def _norm(tracer, call, name):
@@ -429,7 +437,7 @@ def _prelu(tracer, call, name):
     values = tracer.values(t)
     return [(labels, values.where(values==0, _nan))]
 
-# %% ../nbs/10_channels.ipynb #0f325baf
+# %% ../nbs/10_channels.ipynb #0ec36ffb
 @step_of(_weighted)
 def _layer(tracer, call, name):
     "Convolutions, also transposed ones, and linear layers"
@@ -464,9 +472,7 @@ def _axes_of_layer(tracer, weight, groups, is_transposed):
 def _live(tracer, t, axis, weight, groups, is_transposed):
     "Which input channels are read, and which output channels depend on one of them"
     is_zero = (_by_channel(tracer.values(t), axis)==0).all(1).expand(t.shape[axis])
-    nonzero = (tracer.values(weight)!=0).expand(weight.shape).flatten(2).any(2) if weight.ndim > 2 else (
-        (tracer.values(weight)!=0).expand(weight.shape))
-    nonzero = nonzero.unflatten(0, (groups, -1))
+    nonzero = (tracer.values(weight)!=0).expand(weight.shape)[..., None].flatten(2).any(2).unflatten(0, (groups, -1))
     if is_transposed: nonzero = nonzero.transpose(1, 2)
     live = nonzero & ~is_zero.view(groups, 1, -1)
     return live.any(1).flatten(),live.any(2).flatten()
@@ -480,7 +486,7 @@ def _embedding(tracer, call, name):
     is_zero = (tracer.values(weight)==0).expand(weight.shape).all(0)
     return [(tracer.of_axis(weight, 1).view(shape), torch.where(is_zero, 0., _nan).double().view(shape))]
 
-# %% ../nbs/10_channels.ipynb #3272aa6c
+# %% ../nbs/10_channels.ipynb #715aa909
 @dataclass
 class Coupled:
     "Channels of one or more layers that can only be removed together"
@@ -489,7 +495,8 @@ class Coupled:
     reason:str # Why they cannot be removed; empty if they can
 
 class Channels:
-    """The coupled channels of a network. Its inputs are two samples or more, as for a call of the model. Raises `ValueError` if the model fails with these inputs, or returns no tensor."""
+    """The coupled channels of a network, for inputs as in a call of it. Raises `ValueError` if the model fails with \
+these inputs, or returns no tensor."""
     def __init__(self,
         model, # A model or a `Learner`; it is not changed
         args:tuple, # Its inputs
@@ -515,8 +522,8 @@ class Channels:
         graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=[tracer.n_labels]*2)
         #: For each label the number of its coupled channels
         self.n_coupled,self.of_label = connected_components(graph, directed=False)
-        #: {number of coupled channels: why they cannot be removed}
-        self.reasons = {}
+        #: For each number of coupled channels, why they cannot be removed: a place in `reasons`
+        self.reason_of,self.reasons = np.zeros(self.n_coupled, int),['']
         axes = tracer.axes | self._axes_of_elements(tracer)
         #: {(name of a parameter or buffer, axis): for each index the number of its coupled channels}
         self.axes = {k: self.of_label[labels.numpy()] for k,labels in axes.items()}
@@ -529,11 +536,14 @@ class Channels:
         for labels in tracer.needed: self._fix(labels, 'in use')
         for found in self.axes.values(): self._keep_one(found)
 
-    def _fix(self, labels, reason):
-        for i in np.unique(self.of_label[labels.numpy()]): self.reasons.setdefault(int(i), reason)
+    def _fix(self, labels, reason): self._hold(np.unique(self.of_label[labels.numpy()]), reason)
+
+    def _hold(self, numbers, reason):
+        if reason not in self.reasons: self.reasons.append(reason)
+        self.reason_of[numbers[self.reason_of[numbers]==0]] = self.reasons.index(reason)
 
     def _keep_one(self, found):
-        if not any(int(i) in self.reasons for i in np.unique(found)): self.reasons[int(found[0])] = 'the last one'
+        if not self.reason_of[found].any(): self._hold(found[:1], 'the last one')
 
     def _axes_of_elements(self, tracer):
         "The axis along which the numbers of a parameter belong to channels; without one, these are fixed"
@@ -550,8 +560,7 @@ class Channels:
 
     def kept(self)->dict[str, dict[int, list[int]]]:
         "{name of a parameter or buffer: {axis: indices that stay}} of all that can be cut"
-        removable = np.array([i not in self.reasons for i in range(self.n_coupled)])
-        found = {}
+        removable,found = self.reason_of==0,{}
         for (name,axis),coupled in self.axes.items():
             if removable[coupled].any(): found.setdefault(name, {})[axis] = np.flatnonzero(~removable[coupled]).tolist()
         return found
@@ -563,7 +572,7 @@ class Channels:
             for index,i in enumerate(numbers):
                 both = found.setdefault(int(i), ({}, {}))
                 both[key in self.reader_axes].setdefault(key, []).append(index)
-        return [Coupled(*both, self.reasons.get(i, '')) for i,both in found.items()]
+        return [Coupled(*both, self.reasons[self.reason_of[i]]) for i,both in found.items()]
 
     def why(self,
         name:str, # Of a parameter or buffer
@@ -572,5 +581,5 @@ class Channels:
         "Why the remaining channels along an axis cannot be removed: the reasons in words"
         if name in self.fixed_names: return self.fixed_names[name]
         if (name, axis) not in self.axes: return 'not used'
-        reasons = {self.reasons.get(int(i), '') for i in np.unique(self.axes[name, axis])}
-        return ', '.join(sorted(reasons - {''}))
+        found = np.unique(self.reason_of[self.axes[name, axis]])
+        return ', '.join(self.reasons[i] for i in found if i)

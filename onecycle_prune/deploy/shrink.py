@@ -11,8 +11,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/shrink.html.md"""
 # %% auto #0
 __all__ = ['tolerance', 'shrink_like', 'shrink', 'shrink_report']
 
-# %% ../../nbs/deploy/47_shrink.ipynb #16b7c5a8
-import json, numpy as np, pandas as pd, torch
+# %% ../../nbs/deploy/47_shrink.ipynb #252b3f59
+import json, pandas as pd, torch
 from .._utils import atomic_write
 from ..channels import Channels
 from .speed_up import _copy
@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_flatten
 from warnings import warn
 
-# %% ../../nbs/deploy/47_shrink.ipynb #bd41a405
+# %% ../../nbs/deploy/47_shrink.ipynb #9328dec4
 def _correct_sizes(
     m:nn.Module, # With its new weight
     before:torch.Size # The shape of its weight before
@@ -61,10 +61,11 @@ def _cut(network, kept):
         for owned in (m._parameters, m._buffers):
             owned.update({k: parts[id(t)] for k,t in owned.items() if id(t) in parts})
         if before is not None and id(before) in parts: _correct_sizes(m, before.shape)
-        if isinstance(m, _NormBase) and before is None and m.running_mean is not None: m.num_features = len(m.running_mean)
+        is_plain_norm = isinstance(m, _NormBase) and before is None and m.running_mean is not None
+        if is_plain_norm: m.num_features = len(m.running_mean)
     return network
 
-# %% ../../nbs/deploy/47_shrink.ipynb #1a64d5ab
+# %% ../../nbs/deploy/47_shrink.ipynb #926f64a8
 def _merge(record, kept, tensors):
     "Add a further cut to a record; `tensors` are those before this cut"
     for name,axes in kept.items():
@@ -90,7 +91,7 @@ def _read(record):
     "A record as a dictionary"
     if isinstance(record, dict): return record
     try: found = json.loads(Path(record).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{record} is no record of `shrink`: {e}') from e
+    except ValueError as e: raise ValueError(f'{record} is no record of `shrink`: {e}') from e
     if not isinstance(found, dict): raise ValueError(f'{record} is no record of `shrink`.')
     return found
 
@@ -102,11 +103,11 @@ def shrink_like(
     network,record = unwrap_model(model),_read(record)
     tensors = named_tensors(network)
     wrong = {name: reason for name,entry in record.items() if (reason := _why_wrong(entry, tensors.get(name)))}
-    if wrong: raise ValueError('The record does not fit the model: ' + '; '.join(f'{n} {o}' for n,o in wrong.items()) + '.')
+    if wrong: raise ValueError(f"The record does not fit the model: {'; '.join(f'{n} {o}' for n,o in wrong.items())}.")
     kept = {name: {int(axis): o for axis,o in entry['kept'].items()} for name,entry in record.items()}
     return _cut(_copy(network), kept)
 
-# %% ../../nbs/deploy/47_shrink.ipynb #15ae9466
+# %% ../../nbs/deploy/47_shrink.ipynb #d7c4ff09
 tolerance = 1e-4 # The largest difference of an output, relative to its largest number
 
 def _outputs(network, xs):
@@ -138,7 +139,7 @@ def _shrink(network, xs, channels, expected):
     small,record,careful = _copy(network),{},channels.careful
     works_in_training = not channels.training_error
     while kept := channels.kept():
-        _merge(record, kept, named_tensors(network) | {n: t for n,t in named_tensors(small).items()})
+        _merge(record, kept, named_tensors(small))
         _check(_cut(small, kept), xs, expected)
         channels = Channels(small, xs, careful=careful)
         if works_in_training and channels.training_error:
@@ -150,15 +151,15 @@ def shrink(
     x, # A batch of inputs, a tensor or a tuple of tensors, on the device of the model
     record:str|Path|None=None # A file for `shrink_like`, in JSON; it is replaced if it exists
 )->nn.Module: # In the mode of `model`, with parameters that can be trained on
-    """A copy of a network without the channels that nobody needs, with the same outputs. At least one channel of each layer \
-stays. Raises `ValueError` if the model fails with `x`, and if no smaller network has the same outputs."""
+    """A copy of a network without the channels that nobody needs, with the same outputs. At least one channel of each \
+layer stays. Raises `ValueError` if the model fails with `x`, and if no smaller network has the same outputs."""
     network = unwrap_model(model)
     xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     xs = tuple(o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in xs)
     channels = Channels(network, xs)
     if channels.training_error:
-        warn('In training mode the model fails with these inputs, so layers that only this mode uses are not cut, and may '
-             f'no longer fit: {channels.training_error}')
+        warn('In training mode the model fails with these inputs, so layers that only this mode uses are not cut, '
+             f'and may no longer fit: {channels.training_error}')
     expected = _outputs(network, xs)
     try: small,kept = _shrink(network, xs, channels, expected)
     except ValueError:
