@@ -104,7 +104,7 @@ def compact(
         if ((t==first) | (t.isnan() & first.isnan())).all(): t = first
     return t
 
-# %% ../nbs/10_channels.ipynb #e93217fc
+# %% ../nbs/10_channels.ipynb #924d3ab8
 _nan,_filled = float('nan'),'a tensor is filled step by step'
 
 def _unknown_values(t): return torch.full([1]*t.ndim, _nan, dtype=torch.double)
@@ -246,8 +246,10 @@ def _unknown(tracer, call, name):
 def _apart(tracer, t, axes, name):
     "Labels with size 1 along axes whose numbers a call mixes; channels that differ there are fixed"
     labels = tracer.labels(t)
-    if any(labels.shape[i] > 1 for i in axes): tracer.fix(labels, f'{name} mixes channels')
-    return _inside(labels, axes)
+    first = _inside(labels, axes)
+    differs = (labels!=first).any(tuple(axes), keepdim=True) if len(axes) else labels!=first
+    if differs.any(): tracer.fix(labels[differs.expand(labels.shape)], f'{name} mixes channels')
+    return first
 
 # %% ../nbs/10_channels.ipynb #2592ba74
 @step_of(_identities)
