@@ -104,9 +104,10 @@ def compact(
         if ((t==first) | (t.isnan() & first.isnan())).all(): t = first
     return t
 
-# %% ../nbs/10_channels.ipynb #924d3ab8
+# %% ../nbs/10_channels.ipynb #08c06f9a
 _nan,_filled = float('nan'),'a tensor is filled step by step'
 
+def _place(t): return t.data_ptr(),t.shape,t.stride()
 def _unknown_values(t): return torch.full([1]*t.ndim, _nan, dtype=torch.double)
 def _no_labels(t): return torch.zeros([1]*t.ndim, dtype=torch.long)
 
@@ -132,6 +133,7 @@ class Tracer:
         self.readers = set() # of the keys of `axes`, those whose channels are read
         self.fixed_names = {} # {name of a parameter: why it cannot be cut}
         self.states = {} # {id of a tensor: (its labels, its known values), both compact}
+        self.memory = {} # {where a tensor lies: its state}, for tensors that are made without a call
 
     def new(self, *shape):
         "New labels"
@@ -172,23 +174,28 @@ class Tracer:
     def follow(self, calls, outputs):
         "Follow one forward pass"
         self.states.clear()
+        self.memory.clear()
         for call in calls:
             for t,*origin in zip(call.tensors, call.makers, call.data): self._start(t, *origin)
             if any(id(t) in self.states or id(t) in self.names for t in call.tensors): self._step(call)
-        for t in outputs: self.fix(self.labels(t), 'output of the model')
         if not outputs: raise ValueError('The model returns no tensor, so its outputs are not known.')
+        for t in outputs:
+            self._start(t, None, False)
+            self.fix(self.labels(t), 'output of the model')
+
+    def note(self, t, state): self.states[id(t)] = self.memory[_place(t)] = state
 
     def _start(self, t, maker, is_data):
-        "Labels for an input, and for a constant that was filled step by step, which the record does not show"
+        "Labels for an input, and for what the record does not show: a constant that was filled step by step"
         if id(t) in self.states or id(t) in self.names: return
+        # Such as a `TensorBase` of fastai, which is made of another tensor.
+        if _place(t) in self.memory: return self.note(t, self.memory[_place(t)])
         is_filled = not is_data and maker is not None and t._version > 0
         if not is_data and not is_filled: return
-        if not is_data:
-            self.states[id(t)] = self.opaque(t, _filled)
-            return
+        if not is_data: return self.note(t, self.opaque(t, _filled))
         labels = self.new(1, *t.shape[1:]) if t.ndim else self.new()
         self.fix(labels, 'input of the model')
-        self.states[id(t)] = labels,_unknown_values(t)
+        self.note(t, (labels, _unknown_values(t)))
 
     def opaque(self, t, reason):
         "One fixed label for a whole tensor, and no known values"
@@ -201,7 +208,7 @@ class Tracer:
         # A way of calling that a step does not expect is unknown too.
         try: states = _steps.get(name, _unknown)(self, call, name)
         except Exception: states = _unknown(self, call, name)
-        for t,state in zip(_tensors(call.result), states): self.states[id(t)] = state
+        for t,state in zip(_tensors(call.result), states): self.note(t, state)
 
 _steps = {} # {name of a function: the step for its calls}
 
