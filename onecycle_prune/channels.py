@@ -104,7 +104,7 @@ def compact(
         if ((t==first) | (t.isnan() & first.isnan())).all(): t = first
     return t
 
-# %% ../nbs/10_channels.ipynb #08c06f9a
+# %% ../nbs/10_channels.ipynb #3c343f01
 _nan,_filled = float('nan'),'a tensor is filled step by step'
 
 def _place(t): return t.data_ptr(),t.shape,t.stride()
@@ -127,7 +127,7 @@ class Tracer:
     ):
         self.names,self.careful = names,careful
         self.n_labels = 1 # 0 stands for no channel
-        self.ties,self.fixed,self.needed = [],[],[]
+        self.ties,self.fixed,self.needed = [torch.empty(2, 0, dtype=torch.long)],[],[]
         self.axes = {} # {(name of a parameter, axis): a label for each index}
         self.elements = {} # {name of a parameter with several axes: a label for each of its numbers}
         self.readers = set() # of the keys of `axes`, those whose channels are read
@@ -258,7 +258,7 @@ def _apart(tracer, t, axes, name):
     if differs.any(): tracer.fix(labels[differs.expand(labels.shape)], f'{name} mixes channels')
     return first
 
-# %% ../nbs/10_channels.ipynb #2592ba74
+# %% ../nbs/10_channels.ipynb #9c714851
 @step_of(_identities)
 def _identity(tracer, call, name): return [(tracer.labels(call.tensors[0]), tracer.values(call.tensors[0]))]
 
@@ -292,9 +292,10 @@ def _reshape(tracer, call, name):
     sizes = tree_unflatten(call.leaves, call.spec)[0][1:]
     sizes = list(sizes[0]) if sizes and isinstance(sizes[0], (tuple, list)) else list(sizes)
     is_given = name in ('view', 'reshape') and any(sizes[i]!=-1 for i in changing)
-    if tracer.careful and is_given or len(changing) > n_before and n_before!=1:
+    is_split = len(changing) > n_before
+    if tracer.careful and (is_given or is_split) or is_split and n_before!=1:
         tracer.fix(labels, f'{name} gives the number of channels')
-    elif len(changing) > n_before: tracer.tie(labels, labels.narrow(changing[0], 0, 1))
+    elif is_split: tracer.tie(labels, labels.narrow(changing[0], 0, 1))
     return [(labels, values)]
 
 @step_of(_picks)
@@ -310,6 +311,7 @@ def _chunk(tracer, call, name):
     "Equal parts stay equal if they shrink together"
     states = _move(tracer, call, name)
     for labels,_ in states[1:]:
+        if torch.equal(labels, states[0][0]): continue
         if tracer.careful or labels.shape!=states[0][0].shape:
             tracer.fix(tracer.labels(call.tensors[0]), 'chunk divides channels')
         else: tracer.tie(labels, states[0][0])

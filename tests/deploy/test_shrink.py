@@ -5,6 +5,7 @@ import pytest, torch, torchvision
 from fastai.tabular.model import TabularModel
 from fastai.vision.all import DynamicUnet, create_body, create_head, resnet18
 from hypothesis import assume, given, settings, strategies as st
+from onecycle_prune.callback import SparsifyCallback
 from onecycle_prune.channels import Channels
 from onecycle_prune.deploy.shrink import shrink, shrink_like, shrink_report
 from torch import nn
@@ -284,6 +285,17 @@ class TestUse:
         small = shrink(learn, learn.dls.one_batch()[0])
         assert small[0].out_channels == 4 and learn.model[0].out_channels == 8
 
+    @pytest.mark.parametrize('context', ['local', 'global'])
+    def test_after_pruning(self, new_learner, context):
+        "Pruned filters, with their norms, are removed"
+        learn = new_learner()
+        learn.fit(2, cbs=SparsifyCallback(.5, 'filter', context, layers=nn.Conv2d))
+        net, x = learn.model, tiny_images()
+        small = shrink(learn, x)
+        n_left = [int(net[i].weight.flatten(1).any(1).sum()) for i in (0, 3)]
+        assert [small[i].out_channels for i in (0, 3)] == n_left and sum(n_left) == 12
+        torch.testing.assert_close(small.eval()(x), net.eval()(x))
+
     def test_copies(self):
         "Deep copies, pickle and torch.save"
         x, small = tiny_images(), shrink(silent_net(), tiny_images())
@@ -451,6 +463,21 @@ class TestForwards:
         small = shrink(net, images())
         assert (small[0].out_channels, small[3].in_channels) == (12, 3)
         assert_equal_outputs(net, small, (images(),))
+
+    def test_tied_embedding(self):
+        "A linear layer with the weight of an embedding: features are removed from both, words from none"
+        net = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 7, bias=False))
+        net[3].weight = net[0].weight
+        with torch.no_grad():
+            for t in (net[0].weight.T, net[1].weight, net[1].bias): t[:2] = 0
+        x = torch.arange(7)[None]
+        small = shrink(net, x)
+        assert small[3].weight is small[0].weight and small[0].weight.shape == (7, 4)
+        assert (small[0].embedding_dim, small[3].in_features, small[3].out_features) == (4, 4, 7)
+        torch.testing.assert_close(small(x), net(x))
+
+    def test_no_layers(self):
+        assert isinstance(shrink(nn.ReLU(), torch.ones(2, 3)), nn.ReLU)
 
     def test_recurrent(self):
         "A recurrent layer stays, and layers after it shrink"
