@@ -11,10 +11,10 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/shrink.html.md"""
 # %% auto #0
 __all__ = ['tolerance', 'shrink_like', 'shrink', 'shrink_report']
 
-# %% ../../nbs/deploy/47_shrink.ipynb #252b3f59
+# %% ../../nbs/deploy/47_shrink.ipynb #abbd7331
 import json, pandas as pd, torch
 from .._utils import atomic_write
-from ..channels import Channels
+from ..channels import Channels, tensors_in
 from .speed_up import _copy
 from ..layers import kind_name, named_tensors, tensor_names, unwrap_model
 from ..observe import preserved
@@ -22,7 +22,6 @@ from pathlib import Path
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._pytree import tree_flatten
 from warnings import warn
 
 # %% ../../nbs/deploy/47_shrink.ipynb #9328dec4
@@ -107,14 +106,14 @@ def shrink_like(
     kept = {name: {int(axis): o for axis,o in entry['kept'].items()} for name,entry in record.items()}
     return _cut(_copy(network), kept)
 
-# %% ../../nbs/deploy/47_shrink.ipynb #d7c4ff09
+# %% ../../nbs/deploy/47_shrink.ipynb #88f38788
 tolerance = 1e-4 # The largest difference of an output, relative to its largest number
 
 def _outputs(network, xs):
     "The output tensors in evaluation mode; the network is left as it was"
     with preserved(network):
         network.eval()
-        return [o for o in tree_flatten(network.forward(*xs))[0] if isinstance(o, torch.Tensor)]
+        return tensors_in(network.forward(*xs))
 
 def _difference(expected, found):
     "The largest difference of a list of tensors, relative to the largest number of each"
@@ -170,7 +169,7 @@ layer stays. Raises `ValueError` if the model fails with `x`, and if no smaller 
     if record is not None: atomic_write(Path(record), lambda path: path.write_text(json.dumps(kept)))
     return small
 
-# %% ../../nbs/deploy/47_shrink.ipynb #49cf9578
+# %% ../../nbs/deploy/47_shrink.ipynb #f0d8c27f
 def _channels_of(m):
     "How many channels a layer has, and the axis of its weight for them; None for other modules"
     if isinstance(m, _ConvNd): return m.out_channels,int(isinstance(m, _ConvTransposeNd))
@@ -187,16 +186,17 @@ def shrink_report(
     """What was removed. Columns:
 
     - `kind`: the class of the layer
-    - `channels` and `parameters` of the layer, and `left` of each
-    - `why not less`: why the channels that are left cannot be removed"""
+    - `channels` of the layer, and `kept`: those of the small one
+    - `parameters` of the layer, and `kept parameters`
+    - `why not less`: why the channels that were kept cannot be removed"""
     network,names = unwrap_model(model),tensor_names(small)
     if x is not None: channels = Channels(small, tuple(x) if isinstance(x, (tuple, list)) else (x,))
     rows = {}
     for name,m in network.named_modules():
         if not _channels_of(m): continue
         cut = small.get_submodule(name)
-        (n,_),(n_left,axis) = _channels_of(m),_channels_of(cut)
-        rows[name] = {'kind': kind_name(m), 'channels': n, 'left': n_left, 'parameters': _n_parameters(m),
-            'parameters left': _n_parameters(cut)}
+        (n,_),(n_kept,axis) = _channels_of(m),_channels_of(cut)
+        rows[name] = {'kind': kind_name(m), 'channels': n, 'kept': n_kept, 'parameters': _n_parameters(m),
+            'kept parameters': _n_parameters(cut)}
         if x is not None: rows[name]['why not less'] = channels.why(names.get(id(cut._parameters.get('weight'))), axis)
     return pd.DataFrame.from_dict(rows, orient='index')

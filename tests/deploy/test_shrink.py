@@ -345,7 +345,7 @@ class TestUse:
         small = shrink(net, x)
         table = shrink_report(net, small, x)
         assert table.index.tolist() == ['0', '3', '8']
-        assert table.left.tolist() == [4, 8, 4]
+        assert table.kept.tolist() == [4, 8, 4]
         assert table['why not less'].tolist() == ['in use', 'in use', 'output of the model']
         assert 'why not less' not in shrink_report(net, small)
 
