@@ -55,7 +55,7 @@ def record_mode(
         calls = record_calls(_Noted(network, outputs), args, kwargs)
     return calls,outputs
 
-# %% ../nbs/10_channels.ipynb #7c28fd3b
+# %% ../nbs/10_channels.ipynb #25d34289
 _identities = set("""alias as_subclass bfloat16 clone contiguous cpu cuda data detach double float half requires_grad to
     type type_as""".split())
 _dropouts = {'dropout', 'dropout1d', 'dropout2d', 'dropout3d'}
@@ -79,7 +79,7 @@ _pools = {f'{kind}_pool{n}d': n for n in (1, 2, 3)
     for kind in ('max', 'avg', 'adaptive_max', 'adaptive_avg', 'lp')}
 _weighted = {f'conv{kind}{n}d' for n in (1, 2, 3) for kind in ('', '_transpose')} | {'linear'}
 _blanks = set('new_empty new_zeros new_ones new_full zeros_like ones_like empty_like full_like'.split())
-_randoms = set("""rand_like randn_like randint_like bernoulli uniform normal exponential rand randn""".split())
+_randoms = set('rand_like randn_like randint_like bernoulli uniform normal exponential rand randn'.split())
 
 def function_name(
     function # A function of torch, also a method of a tensor
@@ -106,10 +106,11 @@ def compact(
         if ((t==first) | (t.isnan() & first.isnan())).all(): t = first
     return t
 
-# %% ../nbs/10_channels.ipynb #bf8bd766
+# %% ../nbs/10_channels.ipynb #eec9b687
 _nan,_filled = float('nan'),'a tensor is filled step by step'
 
 def _place(t): return t.data_ptr(),t.shape,t.stride()
+def _storage(t): return t.untyped_storage().data_ptr()
 def _unknown_values(t): return torch.full([1]*t.ndim, _nan, dtype=torch.double)
 def _no_labels(t): return torch.zeros([1]*t.ndim, dtype=torch.long)
 
@@ -135,7 +136,8 @@ class Tracer:
         self.readers = set() # of the keys of `axes`, those whose channels are read
         self.fixed_names = {} # {name of a parameter: why it cannot be cut}
         self.states = {} # {id of a tensor: (its labels, its known values), both compact}
-        self.memory = {} # {where a tensor lies: its state}, for tensors that are made without a call
+        # For tensors that are made without a recorded call: {where a tensor lies: its state}, {its storage: its labels}
+        self.memory,self.storages = {},{}
 
     def new(self, *shape):
         "New labels"
@@ -177,6 +179,7 @@ class Tracer:
         "Follow one forward pass"
         self.states.clear()
         self.memory.clear()
+        self.storages.clear()
         for call in calls:
             for t,*origin in zip(call.tensors, call.makers, call.data): self._start(t, *origin)
             if any(id(t) in self.states or id(t) in self.names for t in call.tensors): self._step(call)
@@ -185,19 +188,28 @@ class Tracer:
             self._start(t, None, False)
             self.fix(self.labels(t), 'output of the model')
 
-    def note(self, t, state): self.states[id(t)] = self.memory[_place(t)] = state
+    def note(self, t, state):
+        "Set the state of a tensor"
+        self.states[id(t)] = self.memory[_place(t)] = state
+        self.storages[_storage(t)] = state[0]
 
     def _start(self, t, maker, is_data):
         "Labels for an input, and for what the record does not show: a constant that was filled step by step"
         if id(t) in self.states or id(t) in self.names: return
         # Such as a `TensorBase` of fastai, which is made of another tensor.
         if _place(t) in self.memory: return self.note(t, self.memory[_place(t)])
-        is_filled = not is_data and maker is not None and t._version > 0
-        if not is_data and not is_filled: return
-        if not is_data: return self.note(t, self.opaque(t, _filled))
-        labels = self.new(1, *t.shape[1:]) if t.ndim else self.new()
-        self.fix(labels, 'input of the model')
-        self.note(t, (labels, _unknown_values(t)))
+        if _storage(t) in self.storages: return self._start_part(t)
+        if is_data:
+            labels = self.new(1, *t.shape[1:]) if t.ndim else self.new()
+            self.fix(labels, 'input of the model')
+            self.note(t, (labels, _unknown_values(t)))
+        elif maker is not None and t._version > 0: self.note(t, self.opaque(t, _filled))
+
+    def _start_part(self, t):
+        "A part that no recorded call has taken, such as by `for part in x`"
+        reason = 'a part of it is taken by Python'
+        self.fix(self.storages[_storage(t)], reason)
+        self.note(t, self.opaque(t, reason))
 
     def opaque(self, t, reason):
         "One fixed label for a whole tensor, and no known values"

@@ -426,6 +426,7 @@ class TestForwards:
         'softmax over pixels': (lambda self, x: x.flatten(2).softmax(2).view(x.shape), 8),
         'mean of channels': (lambda self, x: x - x.mean(1, keepdim=True), 8),
         'mean of pixels': (lambda self, x: x - x.mean((2, 3), keepdim=True), 5),
+        'parts by Python': (lambda self, x: torch.stack([part for image in x for part in image]).view(x.shape), 8),
         'sort': (lambda self, x: x.sort(1)[0], 8),
         'filled': (lambda self, x: x*filled(x), 8),
         'resized': (lambda self, x: nn.functional.interpolate(x, scale_factor=2, mode='bilinear'), 5),
