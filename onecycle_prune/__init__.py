@@ -2,6 +2,7 @@
 
 - `onecycle_prune.batchnorm`: Batch-norm statistics that belong to the weights that are left
 - `onecycle_prune.callback`: Pruning in the batches of a fastai training
+- `onecycle_prune.channels`: Which channels of a network belong together, and which of them nobody needs
 - `onecycle_prune.checkpoint`: What a checkpoint does not hold
 - `onecycle_prune.checks`: Checks of the scores, without waiting for the device
 - `onecycle_prune.criteria`: A score for each weight: how important it is
@@ -10,6 +11,7 @@
 - `onecycle_prune.deploy.kernels`: The loops of a plan that numba compiles: they multiply by the weights that are not zero, and by no others
 - `onecycle_prune.deploy.plan`: A part of a network as one sequence of steps, which runs without returning to PyTorch in between
 - `onecycle_prune.deploy.regions`: Which parts of a network run as plans, and how they are found in it
+- `onecycle_prune.deploy.shrink`: A smaller network: channels that are always zero are really removed
 - `onecycle_prune.deploy.speed_up`: A network that skips its zeros, for inference on a CPU
 - `onecycle_prune.deploy.workers`: Several threads at once, for kernels that release Python's lock
 - `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
