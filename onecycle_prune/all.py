@@ -5,6 +5,7 @@ from .criteria import (Criteria, criteria, get_criteria, large_final, large_init
     magnitude_increase, movement, needs_gradient, small_final, taylor, updating_movement)
 from .deploy.compress import compress
 from .deploy.costs import costs, plot_costs
+from .deploy.shrink import shrink, shrink_like, shrink_report
 from .deploy.speed_up import speed_up
 from .granularity import granularities
 from .report import plot_layers, sparsity_report
@@ -19,5 +20,5 @@ __all__ = ['Criteria', 'SchedAGP', 'SchedDSD', 'SchedIterative', 'SchedOneCycle'
     'get_criteria', 'get_schedule', 'granularities', 'iterative', 'large_final', 'large_init',
     'large_init_large_final', 'magnitude_increase', 'movement', 'needs_gradient', 'one_cycle', 'one_shot',
     'plot_costs', 'plot_layers', 'plot_schedules', 'sched_agp', 'sched_dsd', 'sched_iterative',
-    'sched_onecycle', 'sched_oneshot', 'schedules', 'small_final', 'sparsity_report', 'speed_up', 'taylor',
-    'updating_movement']
+    'sched_onecycle', 'sched_oneshot', 'schedules', 'shrink', 'shrink_like', 'shrink_report', 'small_final',
+    'sparsity_report', 'speed_up', 'taylor', 'updating_movement']

@@ -15,8 +15,7 @@ __all__ = ['tolerance', 'shrink_like', 'shrink', 'shrink_report']
 import json, pandas as pd, torch
 from .._utils import atomic_write
 from ..channels import Channels, tensors_in
-from .speed_up import _copy
-from ..layers import kind_name, named_tensors, tensor_names, unwrap_model
+from ..layers import copy_model, kind_name, named_tensors, tensor_names, unwrap_model
 from ..observe import preserved
 from pathlib import Path
 from torch import nn
@@ -33,7 +32,7 @@ def _correct_sizes(
     after = m.weight.shape
     if isinstance(m, _ConvNd):
         # A depthwise convolution loses whole groups, any other a part of each group.
-        if before[1]==1: m.groups = m.groups*after[0]//before[0]
+        if before[1]==1 and m.groups > 1: m.groups = m.groups*after[0]//before[0]
         outs,ins = after[0],after[1]*m.groups
         if isinstance(m, _ConvTransposeNd): outs,ins = ins,outs
         sizes = dict(out_channels=outs, in_channels=ins)
@@ -104,7 +103,7 @@ def shrink_like(
     wrong = {name: reason for name,entry in record.items() if (reason := _why_wrong(entry, tensors.get(name)))}
     if wrong: raise ValueError(f"The record does not fit the model: {'; '.join(f'{n} {o}' for n,o in wrong.items())}.")
     kept = {name: {int(axis): o for axis,o in entry['kept'].items()} for name,entry in record.items()}
-    return _cut(_copy(network), kept)
+    return _cut(copy_model(network), kept)
 
 # %% ../../nbs/deploy/47_shrink.ipynb #88f38788
 tolerance = 1e-4 # The largest difference of an output, relative to its largest number
@@ -135,7 +134,7 @@ def _check(small, xs, expected):
 
 def _shrink(network, xs, channels, expected):
     "A small copy of a network, and its record"
-    small,record,careful = _copy(network),{},channels.careful
+    small,record,careful = copy_model(network),{},channels.careful
     works_in_training = not channels.training_error
     while kept := channels.kept():
         _merge(record, kept, named_tensors(small))

@@ -14,7 +14,7 @@ __all__ = ['forms', 'seconds_to_settle', 'least_sparsity', 'bytes_per_ms', 'ms_o
 import numpy as np, pandas as pd, time, torch
 from copy import deepcopy
 from functools import cache, partial
-from ..layers import kind_name, unwrap_model
+from ..layers import copy_model, kind_name, unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_flatten
 from warnings import warn
@@ -255,11 +255,6 @@ def _worth(layers, sparse_ms, dense_ms, shapes):
     return {n for n in layers if n in sparse_ms and sparse_ms[n] <= _limit(n)}
 
 # %% ../../nbs/deploy/45_speed_up.ipynb #061051c0
-def _copy(network):
-    "A copy; a weight that a hook computes, as PyTorch's masks do, is copied as a value"
-    computed = [o for m in network.modules() for o in vars(m).values() if isinstance(o, torch.Tensor) and not o.is_leaf]
-    return deepcopy(network, {id(o): o.detach().clone() for o in computed})
-
 def _fastest(networks, xs):
     "Time all networks shortly, then those again that were nearly as fast as the fastest"
     for seconds,least in (.5, 1), (1., 3):
@@ -278,7 +273,7 @@ def speed_up(
     """A network with the same outputs as `model`, to float32 rounding, that skips zeros where that is faster. \
 Other shapes and numbers of inputs work too. The result can be copied, pickled, and used as `learn.model`. \
 Raises `ValueError` if the network or `x` is not float32 on a CPU."""
-    network = _copy(unwrap_model(model)).eval()
+    network = copy_model(unwrap_model(model)).eval()
     xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     _check(xs)
     xs = tuple(o.as_subclass(torch.Tensor) for o in xs)

@@ -105,6 +105,11 @@ class TestNetworks:
     @pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.slow) if o in slow else o for o in names])
     def test_torchvision(self, name): check(getattr(torchvision.models, name)(num_classes=10), images())
 
+    def test_one_input(self):
+        "A layer with one input channel is not depthwise"
+        check(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 1, 3),
+            nn.Conv2d(1, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)), images()[:, :1])
+
     def test_googlenet(self):
         "In training mode two further classifiers read channels"
         net = torchvision.models.googlenet(num_classes=10, init_weights=False)
