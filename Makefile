@@ -12,7 +12,7 @@ BENCH = .venv/bench-ready
 DEV = .venv/ready
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 install: $(DEV)  ## make the environment for all targets, .venv, with PYTHON (default: python3)
 
@@ -24,6 +24,9 @@ compare: $(DEMO)  ## repeat the paper's experiment: make compare ARGS='--dry-run
 
 bench: $(BENCH)  ## measure what pruning adds to a training step, for this package and fasterai
 	@$(BIN)/ocp-bench $(ARGS)
+
+bench-check: $(DEMO)  ## say what adds more to a training step than the recorded benchmark
+	@$(BIN)/ocp-bench --check --rounds 3 $(ARGS)
 
 reliability: $(DEV) $(BENCH)  ## run the situations of the tests with this package and with fasterai
 	$(BIN)/python tools/reliability.py

@@ -8,11 +8,12 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/bench.html.md"
 
 # %% auto #0
 __all__ = ['prune_methods', 'BatchTimer', 'step_time', 'middle_schedule', 'methods', 'bench_steps', 'summary', 'plot_added',
-           'bench_prune', 'median_ms', 'bench_selection', 'peak_bytes', 'bench_memory', 'bench_batchnorm', 'bench']
+           'bench_prune', 'bench_start', 'median_ms', 'bench_selection', 'peak_bytes', 'bench_memory',
+           'bench_batchnorm', 'slower', 'bench']
 
 # %% ../../nbs/experiments/36_bench.ipynb #e41e1888
 from .common import env_info, gpu_callbacks, parse_list, save_plot # before fastai
-import ctypes, gc, sys, time
+import ctypes, gc, os, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
 from copy import deepcopy
 from fastcore.script import call_parse, store_true
@@ -136,8 +137,11 @@ def _divides(m):
     return getattr(m, 'in_channels', getattr(m, 'in_features', 1))%16==0 and getattr(m, 'groups', 1)==1
 
 _of_weights = 'small_final', 'random', 'taylor', 'movement', 'updating_movement', 'magnitude_increase'
+def _own_function(m): return m.weight.abs()
+
 #: {name: arguments of `Sparsifier`} of what `bench_prune` measures
-prune_methods = ({'large_final': dict(context='global'), 'large_final, local': dict(context='local')}
+prune_methods = ({'large_final': dict(context='global'), 'large_final local': dict(context='local'),
+    'own function': dict(criteria=_own_function, context='global')}
     | {name: dict(criteria=name, context='global') for name in _of_weights}
     | {name: dict(granularity=name, layers=_divides) for name in ('2:4', '1:4', '4:8', '8:16')}
     | {name: dict(granularity=name, layers=nn.Conv2d) for name in ('kernel', 'channel', 'filter')})
@@ -177,6 +181,31 @@ def _step_and_prune_ms(model, batch, sparsity, n, total, kwargs):
         sparsifier.prune(target*schedule((i+1)/n))
         times.append((stepped-start, _now()-stepped))
     return 1000*np.median(times[n//3:], axis=0)
+
+# %% ../../nbs/experiments/36_bench.ipynb #4fbc0d24
+_first_use = '''
+import time
+from onecycle_prune.sparsifier import Sparsifier
+from torchvision.models import resnet18
+sparsifier,times = Sparsifier(resnet18()),[]
+for sparsity in (.1, .2):
+    start = time.perf_counter()
+    sparsifier.prune(sparsity)
+    times.append(time.perf_counter() - start)
+print(times[0] - times[1])'''
+
+def bench_start(
+    rounds:int # New folders for the compiled loops
+)->pd.DataFrame: # Columns round, compiled (whether the loops were compiled before) and seconds
+    "How much longer the first pruning of a process takes, for a ResNet-18"
+    rows = []
+    for i in progress_bar(range(rounds)):
+        with tempfile.TemporaryDirectory() as folder:
+            for compiled in (False, True):
+                run = subprocess.run([sys.executable, '-W', 'ignore', '-c', _first_use], check=True, text=True,
+                    stdout=subprocess.PIPE, env=os.environ | dict(NUMBA_CACHE_DIR=folder))
+                rows.append((i, compiled, float(run.stdout)))
+    return pd.DataFrame(rows, columns=['round', 'compiled', 'seconds'])
 
 # %% ../../nbs/experiments/36_bench.ipynb #788e0453
 def median_ms(
@@ -288,7 +317,34 @@ def bench_batchnorm(
         rows.append((arch, n, epoch, with_estimate-without, without, 100*(with_estimate-without)/epoch))
     return pd.DataFrame(rows, columns=['network', 'batches', 'epoch_s', 'estimate_s', 'end_s', 'added'])
 
+# %% ../../nbs/experiments/36_bench.ipynb #b1b4ba3b
+def slower(
+    recorded:pd.DataFrame, # As `bench_prune` returns it, measured before
+    now:pd.DataFrame # The same, measured on the same kind of machine now
+)->pd.DataFrame: # Rows of both, with the medians of `added` before and now in per cent, and whether it is slower
+    "What adds more to a step than before: its lower quartile now is above the upper quartile before"
+    keys = ['network', 'batches', 'method']
+    before,after = (df.groupby(keys, sort=False).added for df in (recorded, now))
+    table = pd.concat(dict(before=before.median(), now=after.median()), axis=1, join='inner')
+    return table.assign(slower=after.quantile(.25).gt(before.quantile(.75)))
+
+
 # %% ../../nbs/experiments/36_bench.ipynb #18db44f2
+def _recorded(path, device):
+    "What was measured before on the same kind of machine"
+    if not path.exists(): sys.exit(f'ocp-bench: nothing is recorded in {path}.')
+    df = pd.read_csv(path)
+    here = env_info(device)['device']
+    if set(df.device)!={here}: sys.exit(f'ocp-bench: {path} was recorded on {df.device[0]}, and this is {here}.')
+    return df
+
+def _with_others(df, path):
+    "Rows of `bench_prune`, and those of other networks and methods that were measured before"
+    if not path.exists(): return df
+    before,keys = pd.read_csv(path),['network', 'method']
+    others = before.merge(df[keys].drop_duplicates(), how='left', indicator=True)._merge=='left_only'
+    return pd.concat([before[others], df], ignore_index=True)
+
 def _shown(name, df):
     "What is printed of a table"
     if name=='steps': return summary(df)
@@ -308,7 +364,9 @@ def bench(
     bf16:store_true=False, # Train in mixed precision with bfloat16
     channels_last:store_true=False, # Train in the memory layout that GPUs prefer
     max_weights:int=10**8, # Largest pool for the selection alone
-    what:str='steps,batchnorm,prune,selection,memory', # Tables to measure
+    what:str='steps,batchnorm,prune,start,selection,memory', # Tables to measure
+    names:str=','.join(prune_methods), # Methods of the table prune, separated by commas
+    check:store_true=False, # Only say what has become slower than in the recorded table prune; then exit with 1
     out:Path='results' # Folder for the tables and the plot
 ):
     "Measure what pruning adds to a training step and to an epoch, and selection alone, on the GPU if there is one"
@@ -316,26 +374,34 @@ def bench(
     device = default_device()
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
     common_cbs = gpu_callbacks(bf16, channels_last)
-    archs = parse_list(archs)
+    archs,names = parse_list(archs),parse_list(names)
     sizes = [10**i for i in range(6, len(str(max_weights)))]
     trained = dict(bs=bs, size=size, sparsity=sparsity)
     tables = dict(
         steps=lambda: pd.concat([bench_steps(o, batch, sparsity, batches, total, rounds, common_cbs) for o in archs])
             .assign(**trained, bf16=bf16, channels_last=channels_last),
         batchnorm=lambda: pd.concat([bench_batchnorm(o, batch, 100, 3, common_cbs) for o in archs]),
-        prune=lambda: pd.concat([bench_prune(o, batch, sparsity, 24, [24, 300], rounds) for o in archs])
-            .assign(**trained),
+        prune=lambda: pd.concat([bench_prune(o, batch, sparsity, 24, [24, 300], rounds, names)
+            for o in archs]).assign(**trained),
+        start=lambda: bench_start(rounds),
         selection=lambda: bench_selection(sizes, device, rounds),
         memory=lambda: bench_memory(4096, device))
+    if check:
+        table = slower(_recorded(out/f'bench_prune_{device.type}.csv', device), tables['prune']())
+        print(f'\n{table.round(1).to_string()}')
+        sys.exit(int(table.slower.any()))
     chosen = parse_list(what)
     try:
         for name in chosen:
             if name not in tables: raise_unknown('table', name, tables)
+        for name in names:
+            if name not in prune_methods: raise_unknown('method', name, prune_methods)
     except ValueError as e: sys.exit(f'ocp-bench: {e}')
     if device.type!='cuda' and not Path('/proc/self/clear_refs').exists(): chosen = [o for o in chosen if o!='memory']
     for name in chosen:
-        df = tables[name]().assign(**env_info(device))
-        atomic_write(out/f'bench_{name}_{device.type}.csv', lambda p, df=df: df.to_csv(p, index=False))
+        df,path = tables[name]().assign(**env_info(device)),out/f'bench_{name}_{device.type}.csv'
+        if name=='prune': df = _with_others(df, path)
+        atomic_write(path, lambda p, df=df: df.to_csv(p, index=False))
         if name=='steps': save_plot(plot_added(df), out/f'bench_{device.type}.png')
         print(f'\n{_shown(name, df).to_string()}')
     print(f'\n{env_info(device)}')
