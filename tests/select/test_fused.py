@@ -359,7 +359,8 @@ class TestSelect:
         w = torch.randn(1000)
         masks = []
         for backend in (NumbaBackend, None):
-            monkeypatch.setattr(core, '_fused_backend', lambda device, dtype, backend=backend: backend)
+            found = [backend] if backend else []
+            monkeypatch.setattr(core, '_fused_backends', lambda device, dtype, found=found: found)
             core.backends.cache_clear()
             masks.append(torch.zeros(1000, dtype=torch.bool))
             parts = self.parts([Problem([masks[-1]], 700, lambda: [w.abs()], weights=[w.clone()])])

@@ -17,7 +17,7 @@ device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def use_backend(backend, monkeypatch):
-    monkeypatch.setattr(core, '_fused_backend', lambda device, dtype: dtype and backend)
+    monkeypatch.setattr(core, '_fused_backends', lambda device, dtype: [backend] if dtype and backend else [])
     core.backends.cache_clear()
 
 
