@@ -344,9 +344,10 @@ class Sparsifier:
     def _for_kernels(self, names):
         "What a kernel needs to compute the scores of layers, if it can"
         formula = getattr(self.criteria, 'formula', None)
+        if not formula: return {}
         layers = [self.layers[n] for n in names]
         layouts = None if self.granularity.of_weights else [self.granularity.layout(m) for m in layers]
-        if not formula or layouts and None in layouts: return {}
+        if layouts and None in layouts: return {}
         others = strides = None
         if self.memory: others = [self.memory[n] for n in names]
         elif hasattr(self.criteria, 'needs_gradient'): others = [m.weight.grad for m in layers]

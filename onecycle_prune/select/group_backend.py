@@ -17,8 +17,7 @@ from dataclasses import replace
 from functools import cache
 from numba import carray, njit, prange
 from .bits import mark_changed
-from .numba_kernels import _compiled, _pointer
-from .numba_kernels import formulas
+from .numba_kernels import _compiled, _pointer, formulas
 from .numpy_backend import NumpyBackend
 
 # %% ../../nbs/select/26_group_backend.ipynb #4e6ecbf2
@@ -56,7 +55,10 @@ def _sum_scores(w, o, formula, lanes, sums):
 def _zero(w, r, pruned, inner):
     "Zero the pruned groups of row `r` of the rows `w` of a layer, which has the mask `pruned`"
     for j in range(inner):
-        if pruned[r*inner+j]:
+        if not pruned[r*inner+j]: continue
+        if inner==1: # The compiler then knows that the numbers are neighbours.
+            for i in range(w.shape[1]): w[r, i] = 0
+        else:
             for i in range(j, w.shape[1], inner): w[r, i] = 0
 
 # %% ../../nbs/select/26_group_backend.ipynb #b58f7b26
@@ -77,10 +79,8 @@ def _score_rows(w, o, formula, pruned, span, first, stop, scores):
     if inner==1 and span < 64: return _score_short_rows(w, o, formula, pruned, first, stop, scores)
     lanes = np.empty(inner*16*max(1, 4//inner), scores.dtype) # a multiple of the length of vectors
     for r in range(first, stop):
-        if inner==1:
-            _zero(w, r, pruned, 1) # the compiler knows that its numbers are neighbours
-            if pruned[r]: continue
-        else: _zero(w, r, pruned, inner)
+        _zero(w, r, pruned, inner)
+        if inner==1 and pruned[r]: continue
         sums = scores[r*inner:(r+1)*inner]
         _sum_scores(w[r], o[r], formula, lanes, sums)
         for j in range(inner): sums[j] /= span
@@ -112,10 +112,7 @@ def zero_groups(
         first,stop,span,inner,n,start = blocks[b, 3],blocks[b, 4],blocks[b, 5],blocks[b, 6],blocks[b, 7],blocks[b, 8]
         w = carray(_pointer(blocks[b, 0]), (n//(span*inner), span*inner), scores.dtype)
         of_layer = pruned[start:]
-        if inner==1:
-            for r in range(first, stop): _zero(w, r, of_layer, 1)
-        else:
-            for r in range(first, stop): _zero(w, r, of_layer, inner)
+        for r in range(first, stop): _zero(w, r, of_layer, inner)
 
 # %% ../../nbs/select/26_group_backend.ipynb #ddbe9f1a
 _block_size = 2**15 # weights of a block, about

@@ -1,4 +1,4 @@
-"A shrunk network computes the same, and nothing that it needs is gone"
+"A shrunk network computes the same, and has all that it needs"
 import copy, io, json, math, pickle
 
 import pytest, torch, torchvision

@@ -36,6 +36,16 @@ def change_(net, seed):
         p.grad = torch.empty_like(p).copy_(numbers(p))
 
 
+def assert_counts(sp, s):
+    "Exact counts, in each layer or in all together, and zeros where a group is pruned"
+    sizes, counts = [p.numel() for p in sp.pruned.values()], [int(p.sum()) for p in sp.pruned.values()]
+    if sp.context == 'local': assert counts == [min(round(s*n), n-1) for n in sizes]
+    else:
+        n_kept = 1 if sp.granularity.name == 'layer' else len(sizes)
+        assert sum(counts) == min(round(s*sum(sizes)), sum(sizes) - n_kept)
+    for n, kept in sp.masks.items(): assert not sp.layers[n].weight[~kept].any()
+
+
 @pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('last', [False, True], ids=['contiguous', 'channels last'])
 @pytest.mark.parametrize('granularity', of_groups)
@@ -59,6 +69,7 @@ def test_same_as_called(granularity, context, last, threads, monkeypatch):
                 sp.prune(s)
             assert_same(*map(bits, nets))
             assert_same(*(sp.masks for sp in sps))
+            assert_counts(sps[0], s)
 
 
 @pytest.mark.parametrize('name', ['filter', 'kernel', 'channel'])
