@@ -36,6 +36,7 @@
 - `onecycle_prune.select.numpy_backend`: The same choice on a CPU, without a sort of the whole pool
 - `onecycle_prune.select.reference`: What selection means, and its plainest answer: one stable sort
 - `onecycle_prune.select.triton_backend`: Fused magnitude pruning on a GPU, in Triton
-- `onecycle_prune.sparsifier`: Score, select and prune, on one model"""
+- `onecycle_prune.sparsifier`: Score, select and prune, on one model
+- `onecycle_prune.structured`: Channels that several layers write, and that are pruned together"""
 
 __version__ = "0.1.0"

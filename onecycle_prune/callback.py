@@ -93,7 +93,9 @@ class SparsifyCallback(Callback):
         # `validate` and `get_preds`, which lock the learner, are no training either.
         if self.run and not self.learn.lock.locked(): self._begin()
 
-    def before_batch(self): self.latest_batches.keep(self.model, self.xb)
+    def before_batch(self):
+        if not self.sparsifier: self._build(self.xb)
+        self.latest_batches.keep(self.model, self.xb)
 
     # A step may be cancelled before it is made, as by a gradient scaler. fastai calls `after_step` all the same.
     def before_step(self): self.is_stepping = True
@@ -160,19 +162,12 @@ class SparsifyCallback(Callback):
         self.latest_batches.estimate(self.model, all_kept)
 
     def _begin(self):
-        sparsifier = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers)
-        self._raise_if_overlap(sparsifier)
-        sparsifier.check(self.sparsity)
-        warn_at_start(self.learn, sparsifier, self.sparsity, only=self.layers is not None)
-        sparsifier.set_floor(self.sparsity)
-        start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
-        self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, start) if start else {}
-        self.sparsifier = sparsifier
+        "Watch over the fit, and build the sparsifier, unless it needs a batch"
         self.latest_batches = LatestBatches(self.model, self.bn_batches)
-        self.pos = start/self.n_epoch
-        # The fraction of the groups that are pruned.
-        self.current = sum(p.count() for p in sparsifier.pools) / max(1, sum(p.n_groups for p in sparsifier.pools))
-        self.keeper = KeepPruned(sparsifier, self._end)
+        self.start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
+        self.pos = self.start/self.n_epoch
+        self.keeper = KeepPruned(None, self._end)
+        if not get_granularity(self.granularity).couples: self._build()
         self.learn.add_cb(self.keeper)
         if not hasattr(self.learn, 'pruned_before'): self.learn.add_cb(PrunedBefore)
         Override(self, '_with_events', self._guard)
@@ -180,6 +175,18 @@ class SparsifyCallback(Callback):
         if self.column=='sparsity' and hasattr(self.learn, 'recorder'):
             self.recorder.sparsities = self.sparsities
             self.recorder.pruned_losses = self.recorder.losses # of this fit; the next one has another list
+
+    def _build(self, inputs=None):
+        "Build the sparsifier, and check all that depends on the model"
+        sparsifier = Sparsifier(self.model, self.granularity, self.context, self.criteria, self.layers, inputs)
+        self._raise_if_overlap(sparsifier)
+        sparsifier.check(self.sparsity)
+        warn_at_start(self.learn, sparsifier, self.sparsity, only=self.layers is not None)
+        sparsifier.set_floor(self.sparsity)
+        self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, self.start) if self.start else {}
+        # The fraction of the groups that are pruned.
+        self.current = sum(p.count() for p in sparsifier.pools) / max(1, sum(p.n_groups for p in sparsifier.pools))
+        self.sparsifier = self.keeper.sparsifier = sparsifier
 
     def _guard(self, with_events, do, event_type, *args):
         "Run an epoch, and leave the model pruned if an error ends it, for which fastai calls no callback"
@@ -198,6 +205,7 @@ class SparsifyCallback(Callback):
         "Save a checkpoint of the pruned model, and the memory of the criterion next to it"
         self.keeper.apply()
         path = save(file, **kwargs)
+        if not self.sparsifier: return path
         self.checkpoint_hashes[self.epoch+1] = weights_hash(self.sparsifier)
         if not rank_distrib(): save_memory(self.memory_file, self.sparsifier, self.checkpoint_hashes)
         return path
@@ -207,7 +215,7 @@ class SparsifyCallback(Callback):
         restore_methods(self.learn)
         self.learn.remove_cb(self.keeper)
         self.keeper = None
-        self.sparsifier.release()
+        if self.sparsifier: self.sparsifier.release()
         self.latest_batches = None
         if self.sparsities and self.pos < 1:
             warn(f"The training ended early, at a sparsity of {self.sparsities[-1]:.4g}, before its schedule did.")

@@ -62,9 +62,9 @@ def grouped_view(
 _within_filter = dict(weight='', row='w', column='h', depth='d', channel='i', kernel='k',
                       horizontal_slice='iw', vertical_slice='ih')
 _group_axes = dict(
-    conv=_within_filter | dict(filter='ik', layer='goik')
+    conv=_within_filter | dict(filter='ik', structured='ik', layer='goik')
          | {f'shared_{name}': 'o'+spanned for name,spanned in _within_filter.items()},
-    linear=dict(weight='', row='i', column='o', layer='goi'))
+    linear=dict(weight='', row='i', column='o', structured='i', layer='goi'))
 
 granularity_aliases = dict(unstructured='weight') # {second name: name}
 granularities = list(_group_axes['conv']) + list(granularity_aliases)
@@ -117,6 +117,11 @@ class Granularity:
         "Why `m` cannot have this granularity"
         if self.supports(m): return ''
         return f"{m.__class__.__name__} does not support granularity {self}, only {', '.join(map(repr, group_axes(m)))}"
+
+    @property
+    def couples(self)->bool:
+        "Whether a group has weights of several layers, which only a forward pass can tell"
+        return self.name=='structured'
 
     @property
     def of_weights(self)->bool: # True for n:m patterns too

@@ -83,7 +83,7 @@ class KeepPruned(Callback):
     order = 1000
     run_valid = False
     def __init__(self,
-        sparsifier:Sparsifier, # Of the fit
+        sparsifier:Sparsifier|None, # Of the fit; None until there is one
         end # Function without arguments that is called when the fit ends
     ):
         self.sparsifier,self.end = sparsifier,end
@@ -97,12 +97,13 @@ class KeepPruned(Callback):
 
     def after_fit(self):
         best = restores_best(self.learn)
-        if best: self._warn_of_best(best)
+        if best and self.sparsifier: self._warn_of_best(best)
         else: self.finish()
         self.end()
 
     def apply(self):
         "Zero the pruned weights of the learner's model by name; warn once if it does not have the layers"
+        if not self.sparsifier: return
         missing = self.sparsifier.apply(self.learn.model)
         if missing and missing!=self.missing:
             warn(f"The learner's model was replaced. It does not have these layers, which are pruned: "
@@ -111,6 +112,7 @@ class KeepPruned(Callback):
 
     def finish(self):
         "Zero the pruned weights of the learner's model, and of the averages of its weights"
+        if not self.sparsifier: return
         self.apply()
         for model in averaged_models(self.learn): self.sparsifier.apply(model)
 

@@ -17,7 +17,7 @@ from fastcore.basics import listify
 from functools import partial
 from torch import nn
 from warnings import warn
-from .guard import restores_best
+from .guard import KeepPruned, restores_best
 from .layers import is_reparametrized, prunable, unwrap_model, warn_of_coverage
 from .select.core import Problem, select
 from .sparsifier import Sparsifier
@@ -93,6 +93,7 @@ def warn_at_start(
     warn_of_return(sparsifier, sparsity)
     warn_of_coverage(learn, sparsifier.chosen)
     # A computed weight is not read, because reading it may change it.
+    if sparsifier.coupled: return # other layers lose inputs, so the share is not known before `shrink`
     trained = {n: m for n,m in prunable(learn).items() if not is_reparametrized(m) and m.weight.requires_grad}
     others = {n: m for n,m in trained.items() if n not in sparsifier.layers}
     warn_of_share(sparsifier, sparsity, {} if only else others)
@@ -119,7 +120,7 @@ class PrunedBefore(Callback):
     def before_fit(self):
         # Validation, which locks the learner, and the search for a learning rate do not train the model.
         if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
-        if any(isinstance(getattr(cb, 'sparsifier', None), Sparsifier) for cb in self.learn.cbs): return
+        if any(isinstance(cb, KeepPruned) for cb in self.learn.cbs): return
         shares = ', '.join(f'{n} ({s:.0%} zeros)' for n,s in pruned_shares(self.learn.model).items())
         if shares:
             warn(f"Weights that an earlier training pruned will be trained again: {shares}. "

@@ -150,10 +150,13 @@ class Pool:
 # %% ../nbs/07_pools.ipynb #e35d5444
 def _key_name(key): return repr(getattr(key, '__name__', key))
 
-def _entries(keys, layers):
-    "Yield each key with its own layers, from the key that matches fewest layers on"
-    matches = [(k, match(k, layers)) for k in keys]
-    free = set(layers)
+def _entries(keys, layers, sets):
+    "Yield each key with the names of its own sets, from the key that matches fewest on"
+    def _matching(key):
+        found = set(match(key, layers))
+        return [n for n,members in sets.items() if found.intersection(members)]
+    matches = [(k, _matching(k)) for k in keys]
+    free = set(sets)
     for key,names in sorted(matches, key=lambda o: len(o[1])):
         own = [n for n in names if n in free]
         if not own:
@@ -167,10 +170,12 @@ def make_pools(
     layers:dict[str, torch.nn.Module], # All chosen layers
     pruned:dict[str, torch.Tensor], # Masks of those that are trained
     granularity:Granularity, # Which weights are pruned together
-    context:str # 'local': groups compete within a layer; 'global': within an entry
+    context:str, # 'local': groups compete within a layer; 'global': within an entry
+    sets:dict[str, list[str]]|None=None # {name of a set of coupled layers: its layers}; then `pruned` has names of sets
 )->list[Pool]: # Dense layers are pools too, with `dense`
     "The pools of a training; raises `ValueError` if an entry has no layer"
-    entries = list(_entries(sparsity, layers)) if isinstance(sparsity, dict) else [(None, list(layers))]
+    sets = sets or {n: [n] for n in layers}
+    entries = list(_entries(sparsity, layers, sets)) if isinstance(sparsity, dict) else [(None, list(sets))]
     pools = []
     for key,names in entries:
         trained = {n: pruned[n] for n in names if n in pruned}

@@ -25,6 +25,7 @@ from .observe import FirstForward, bias_tensors, computed_weights, filter_tensor
 from .pools import check_sparsity, get_context, make_pools
 from .select.bits import zero_
 from .select.core import Problem, select
+from .structured import find_coupled_layers
 
 # %% ../nbs/08_sparsifier.ipynb #017ee72f
 def initial_mask(
@@ -83,13 +84,17 @@ class Sparsifier:
         # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores
         criteria='large_final',
         # Classes, names, modules, or a function of a module to bool; by default all layers in `prunable(model)`
-        layers=None
+        layers=None,
+        # A batch of inputs, a tensor or a tuple, for granularity 'structured', which has to see a forward pass
+        inputs=None
     ):
         "Raises `ValueError` if an argument is not one of these, or if a layer cannot be pruned as asked"
         self.granularity = get_granularity(granularity)
         self.context = get_context(context, self.granularity)
         self.criteria = get_criteria(criteria)
         self.chosen = choose(model, layers, self.granularity)
+        self.coupled = None # the `CoupledLayers` of structured pruning
+        if self.granularity.couples: self._couple(model, inputs, warns=layers is not None)
         names = tensor_names(model)
         self.parameter_names = {n: names[id(m.weight)] for n,m in self.chosen.items()}
         module = model if isinstance(model, nn.Module) else model.model # a Learner has one
@@ -99,6 +104,7 @@ class Sparsifier:
         self.layers = {} # those of `chosen` that are trained, or were trained before
         # {layer name: mask of its groups}, bool, True = pruned; a layer that is trained later has its zeros now
         self.pruned = {n: initial_mask(m, self.granularity) for n,m in self.chosen.items()}
+        if self.coupled: self.coupled.read(self.pruned)
         self.pools = []
         self._sparsity = self._floor_sparsity = None # of the pools, and of their floors
         self.n_missing = 0 # groups that were not pruned in the last step, since their layers could not be ranked
@@ -110,6 +116,7 @@ class Sparsifier:
         if self.granularity.name=='filter':
             self.filter_tensors = {n: bias_tensors(m, names, self.pruned[n].numel()) for n,m in self.chosen.items()}
         self.first_forward = FirstForward(module, self.observe)
+        if self.coupled: self.first_forward.remove() # it was observed already
         frozen = [n for n in self.chosen if n not in self.layers]
         if frozen: warn(f"Frozen layers are not pruned: {', '.join(frozen)}.")
 
@@ -152,6 +159,7 @@ class Sparsifier:
         "Zero all pruned weights in place again, after a change that `prune` did not see, or in a copy of the model"
         if model is None:
             for n in self.chosen: self._zero(n)
+            if self.coupled: self.coupled.zero_tensors()
             return []
         tensors = named_tensors(model)
         weights = self._weights_among(tensors)
@@ -160,6 +168,7 @@ class Sparsifier:
             zero_(grouped_view(w, self.layers[n]), pruned)
             for t in self.filter_tensors.get(n, []):
                 if t.name in tensors: zero_(t.view(tensors[t.name]), pruned.view(-1, 1))
+        if self.coupled: self.coupled.zero_tensors(tensors)
         return [n for n in self.layers if n not in weights]
 
     def weights_in(self,
@@ -259,10 +268,31 @@ class Sparsifier:
         if given!=own: raise ValueError(f"The state belongs to other layers: {given}. This sparsifier has {own}.")
         for part,tensors in self.state_dict().items():
             for n,t in tensors.items(): t.copy_(state[part][n])
+        if self.coupled: self.coupled.read(self.pruned)
         for pool in self.pools: pool.n_pruned = None
         self.apply()
 
     # --- the steps of `prune`
+
+    def _couple(self, model, inputs, warns):
+        "Find the layers that are pruned together; layers without channels that can be pruned are left out"
+        if inputs is None:
+            raise ValueError("Granularity 'structured' finds in a forward pass which layers are coupled: "
+                             "give `inputs`, a batch for the model.")
+        self.coupled = find_coupled_layers(model, self.chosen, inputs)
+        left_out = self.coupled.not_pruned
+        if warns and left_out:
+            warn(f"Layers of which no channel can be pruned: {'; '.join(f'{n} ({o})' for n,o in left_out.items())}.")
+        self.chosen = {n: m for n,m in self.chosen.items() if n not in left_out}
+
+    def _sets_with(self, names):
+        "The names of all sets of coupled layers, or of layers, that have one of these layers"
+        if not self.coupled: return set(names)
+        return {n for n,members in self.coupled.sets.items() if not names.isdisjoint(members)}
+
+    def _layers_of(self, names):
+        "The layers of these sets of coupled layers; without coupling, these layers"
+        return self.coupled.joined(names).layers if self.coupled else list(names)
 
     def _follow_model(self):
         "Take in layers that are trained now, and move masks and memory to where their weights are"
@@ -272,14 +302,21 @@ class Sparsifier:
         self.layers = {n: m for n,m in self.chosen.items() if n in self.layers or n in joined} # in the model's order
         for tensors in (self.pruned, self.memory):
             for n in tensors: tensors[n] = tensors[n].to(self.chosen[n].weight.device)
-        if moved: self.first_forward.again() # a model that was moved has new buffers
+        if moved: self._follow_buffers()
         floors = {n: pool.floor for pool in self.pools for n in list(pool.pruned)[:1]}
+        before = {n for pool in self.pools for n in pool.pruned}
         self._make_pools()
         if self._floor_sparsity is None: return
         for pool in self.pools:
             floor = sum(floors.get(n, 0) for n in pool.pruned)
-            floor += sum(int(self.pruned[n].count_nonzero()) for n in joined if n in pool.pruned)
+            floor += sum(int(p.count_nonzero()) for n,p in pool.pruned.items() if n not in before)
             pool.floor = min(floor, pool.budget(self._floor_sparsity))
+
+    def _follow_buffers(self):
+        "A model that was moved has new buffers"
+        if not self.coupled: return self.first_forward.again()
+        device = next(iter(self.pruned.values())).device
+        self.coupled.to(device, named_tensors(self.first_forward.model()))
 
     def _set_pools(self, sparsity):
         "Make the pools, unless they exist for these entries of `sparsity`; its values do not matter"
@@ -289,11 +326,15 @@ class Sparsifier:
 
     def _make_pools(self):
         trained = {n: self.pruned[n] for n in self.layers}
-        self.pools = make_pools(self._sparsity, self.chosen, trained, self.granularity, self.context)
+        sets = None
+        if self.coupled:
+            sets = self.coupled.sets
+            trained = {n: self.coupled.masks[n] for n,members in sets.items() if set(members) <= set(self.layers)}
+        self.pools = make_pools(self._sparsity, self.chosen, trained, self.granularity, self.context, sets)
 
     def _update_masks(self, targets):
         "Bring each pool to its target, as far as its layers can be ranked, and zero the pruned weights"
-        left_alone = self._left_alone()
+        left_alone = self._sets_with(self._left_alone())
         counts = [self._reachable(p, k, left_alone) for p,k in zip(self.pools, targets)]
         # A count of 0 needs no selection.
         active = [(p, k) for p,k in zip(self.pools, counts) if k and not left_alone.issuperset(p.pruned)]
@@ -305,13 +346,16 @@ class Sparsifier:
         for (pool,_),problem,n_ties in zip(active, problems, selection.n_ties):
             self._ties.check(self._criterion_name, list(pool.pruned), pool.n_groups, problem.n_prune, n_ties)
         # If a problem has weights, `commit` has zeroed them.
-        zeroed = {n for names,problem in zip(ranked, problems) if problem.weights for n in names}
+        zeroed = {n for names,problem in zip(ranked, problems) if problem.weights for n in self._layers_of(names)}
         for pool,k in zip(self.pools, counts):
+            layers = self._layers_of(pool.pruned)
             if not k and pool.n_pruned!=0:
                 for p in pool.pruned.values(): p.zero_()
+                if self.coupled: self.coupled.joined(pool.pruned).spread([self.pruned[n] for n in layers])
             elif k:
-                for n in pool.pruned: (self._zero_filter_tensors if n in zeroed else self._zero)(n)
+                for n in layers: (self._zero_filter_tensors if n in zeroed else self._zero)(n)
             pool.n_pruned = k
+        if self.coupled: self.coupled.zero_tensors()
 
     def _left_alone(self):
         "The layers that have no gradient in this step, if the criterion needs one; their masks do not change"
@@ -336,10 +380,12 @@ class Sparsifier:
         return max(pool.count() - n_pruned, min(k, most))
 
     def _problem(self, pool, k, names):
-        "The problem of a pool that shall have `k` pruned groups, of the layers `names` of it"
+        "The problem of a pool that shall have `k` pruned groups, of the layers or sets of layers `names` of it"
         n_others = sum(int(p.count_nonzero()) for n,p in pool.pruned.items() if n not in names)
-        return Problem([pool.pruned[n] for n in names], k - n_others, lambda: [self._scores(n) for n in names],
-            n_pruned=pool.count() - n_others, protect=pool.protect, **self._for_kernels(names))
+        joined = self.coupled and self.coupled.joined(names)
+        layers = self._layers_of(names)
+        return Problem([self.pruned[n] for n in layers], k - n_others, lambda: [self._scores(n) for n in layers],
+            n_pruned=pool.count() - n_others, protect=pool.protect, joined=joined, **self._for_kernels(layers))
 
     def _for_kernels(self, names):
         "What a kernel needs to compute the scores of layers, if it can"

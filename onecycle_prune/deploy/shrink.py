@@ -14,7 +14,7 @@ __all__ = ['tolerance', 'shrink_like', 'shrink', 'shrink_report']
 # %% ../../nbs/deploy/47_shrink.ipynb #abbd7331
 import json, pandas as pd, torch
 from .._utils import atomic_write
-from ..channels import Channels, tensors_in
+from ..channels import Channels, as_inputs, tensors_in
 from ..layers import copy_model, kind_name, named_tensors, tensor_names, unwrap_model
 from ..observe import preserved
 from pathlib import Path
@@ -152,8 +152,7 @@ def shrink(
     """A copy of a network without the channels that nobody needs, with the same outputs. At least one channel of each \
 layer stays. Raises `ValueError` if the model fails with `x`, and if no smaller network has the same outputs."""
     network = unwrap_model(model)
-    xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
-    xs = tuple(o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in xs)
+    xs = as_inputs(x)
     channels = Channels(network, xs)
     if channels.training_error:
         warn('In training mode the model fails with these inputs, so layers that only this mode uses are not cut, '
@@ -189,7 +188,7 @@ def shrink_report(
     - `parameters` of the layer, and `kept parameters`
     - `why not less`: why the channels that were kept cannot be removed"""
     network,names = unwrap_model(model),tensor_names(small)
-    if x is not None: channels = Channels(small, tuple(x) if isinstance(x, (tuple, list)) else (x,))
+    if x is not None: channels = Channels(small, as_inputs(x))
     rows = {}
     for name,m in network.named_modules():
         if not _channels_of(m): continue

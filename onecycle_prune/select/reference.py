@@ -36,6 +36,8 @@ class Problem:
     strides:list[int]|None = None
     # For groups of weights, how those of each layer lie in memory, as of `Granularity.layout`; None: single weights
     layouts:list[tuple[int, int, int]]|None = None
+    # For layers that share channels: the `structured.JoinedSets` of channels that compete in place of the groups
+    joined:object = None
 
     def __post_init__(self):
         if self.n_pruned is None: self.n_pruned = sum(int(p.count_nonzero()) for p in self.pruned)
@@ -56,8 +58,20 @@ class Problem:
         return all(_is_like(t, p) for ts in (self.weights, others) for t,p in zip(ts, self.pruned)) and all(
             0 < w.numel() < 2**31 for w in self.weights)
 
-    def zero_weights(self):
-        "Zero the pruned weights, if there are weights"
+    @property
+    def competing(self)->list[torch.Tensor]:
+        "The masks among which is selected"
+        return self.joined.masks if self.joined else self.pruned
+
+    def competing_scores(self,
+        scores:list[torch.Tensor] # Of each layer, in the shape of its mask
+    )->list[torch.Tensor]: # In the shapes of `competing`
+        "The scores among which is selected"
+        return self.joined.scores(scores, self.pruned) if self.joined else scores
+
+    def apply_masks(self):
+        "Prune the groups of pruned channels, and zero the pruned weights, if there are weights"
+        if self.joined: self.joined.spread(self.pruned)
         for w,p,layout in zip(self.weights or [], self.pruned, self.layouts or repeat(None)):
             if not layout: zero_(w, p.reshape(w.shape))
             else:
@@ -118,12 +132,12 @@ class Reference:
         self.problems = problems
         self.fallback = [False]*len(problems)
         self.n_ties = [None]*len(problems)
-        self.scores = [p.scores() if p.n_prune else None for p in problems]
+        self.scores = [p.competing_scores(p.scores()) if p.n_prune else None for p in problems]
 
     def commit(self):
         for i,problem in enumerate(self.problems):
             scores = self.scores.pop(0) # `pop` frees the scores pool by pool
             if scores is not None:
-                n_ties = self.select(scores, problem.pruned, problem.k, problem.protect)
+                n_ties = self.select(scores, problem.competing, problem.k, problem.protect)
                 if problem.n_prune > 0: self.n_ties[i] = n_ties
-            problem.zero_weights()
+            problem.apply_masks()
