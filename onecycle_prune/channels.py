@@ -505,7 +505,9 @@ def _axes_of_layer(tracer, weight, groups, is_transposed):
 def _live(tracer, t, axis, weight, groups, is_transposed):
     "Which input channels are read, and which output channels depend on one of them"
     is_zero = (_by_channel(tracer.values(t), axis)==0).all(1).expand(t.shape[axis])
-    nonzero = (tracer.values(weight)!=0).expand(weight.shape)[..., None].flatten(2).any(2).unflatten(0, (groups, -1))
+    # A parameter is large, so it is read as it is.
+    known = tracer.values(weight) if id(weight) in tracer.states else weight.detach()
+    nonzero = (known!=0).expand(weight.shape)[..., None].flatten(2).any(2).cpu().unflatten(0, (groups, -1))
     if is_transposed: nonzero = nonzero.transpose(1, 2)
     live = nonzero & ~is_zero.view(groups, 1, -1)
     return live.any(1).flatten(),live.any(2).flatten()

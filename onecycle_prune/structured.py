@@ -13,7 +13,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/structured.html.md"""
 # %% auto #0
 __all__ = ['index_rows', 'row_means', 'CoupledTensor', 'CoupledLayers', 'JoinedSets', 'find_coupled_layers']
 
-# %% ../nbs/17_structured.ipynb #c3f6276b
+# %% ../nbs/17_structured.ipynb #43ff1963
 import numpy as np, torch
 from dataclasses import dataclass
 from torch import nn
@@ -21,7 +21,7 @@ from .channels import Channels, as_inputs, in_use, of_weights
 from .layers import copy_model, named_tensors, tensor_names, unwrap_model
 from .select.bits import zero_
 
-# %% ../nbs/17_structured.ipynb #b64509d1
+# %% ../nbs/17_structured.ipynb #c0a95cf8
 def index_rows(
     numbers:np.ndarray, # For each place the number of its row, of shape (n,)
     n_rows:int # How many rows there are
@@ -44,7 +44,7 @@ def row_means(
     values,used = (torch.cat([o, o.new_zeros(1)])[rows] for o in (values, used))
     return values.where(used, 0).sum(1) / used.sum(1).clamp_min(1)
 
-# %% ../nbs/17_structured.ipynb #d1fd51f6
+# %% ../nbs/17_structured.ipynb #03630933
 @dataclass
 class CoupledTensor:
     "A parameter or buffer with numbers for channels, such as a bias, or the weight of a norm"
@@ -119,7 +119,7 @@ class CoupledLayers:
             if tensors is None: t.zero(self.pruned)
             elif t.name in tensors: t.zero(self.pruned, tensors[t.name])
 
-# %% ../nbs/17_structured.ipynb #954e0478
+# %% ../nbs/17_structured.ipynb #ef12e26a
 class JoinedSets:
     "The channels of some sets of layers, which compete in one `Problem`"
     def __init__(self,
@@ -160,7 +160,7 @@ class JoinedSets:
         "Prune all filters of the pruned channels"
         for n,p in zip(self.layers, pruned): p.copy_(self.coupled.pruned[self.coupled.filters[n]].view_as(p))
 
-# %% ../nbs/17_structured.ipynb #e8894396
+# %% ../nbs/17_structured.ipynb #4df846af
 class _Search:
     "The search for coupled layers among `layers`"
     def __init__(self, network, layers, parameter_names, args):
@@ -206,18 +206,23 @@ class _Search:
 
     def speaking(self):
         "Numbers of coupled channels that are used although they are zero, in a copy of the model"
+        ends = np.cumsum([0, *self.sizes.values()])
+        # One channel of each set stays, so that its readers still read: the first one, and then another one.
+        found = self._speaking(ends)
+        return found if not len(found) else np.union1d(found, self._speaking(ends[1:]-1))
+
+    def _speaking(self, staying):
         silenced = copy_model(self.network)
         tensors,pruned = named_tensors(silenced),torch.ones(sum(self.sizes.values())+1, dtype=torch.bool)
-        # The first channel of each set stays.
-        pruned[np.cumsum([0, *self.sizes.values()])] = False
+        pruned[staying],pruned[-1] = False,False
         with torch.no_grad():
             for t in self.coupled_tensors(): t.zero(pruned, tensors[t.name])
         after = Channels(silenced, self.args)
-        is_used,found = after.has_reason(in_use),[]
+        is_used,found = after.has_reason(in_use),[np.empty(0, int)]
         for key in self.keys:
             before = self.channels.axes[key]
             found.append(before[is_used[after.axes[key]] & pruned.numpy()[self.channel_of[before]]])
-        return np.unique(np.concatenate(found)) if found else []
+        return np.unique(np.concatenate(found))
 
     def not_pruned(self):
         "{name of a layer of which no channel can be pruned: why}"
@@ -225,7 +230,7 @@ class _Search:
         for p,n in self.layer_of.items():
             if n in pruned: continue
             keys = [k for k in self.channels.axes if k[0]==p and k not in self.channels.reader_axes]
-            found[n] = ', '.join(self.channels.why(*k) for k in keys) or 'not used'
+            found[n] = ', '.join(self.channels.why(*k) for k in keys) or self.channels.why(p)
             others = [self._other_writer(o) for o in self._numbers_by_writers() if keys and keys[0] in o]
             if others: found[n] = f'{others[0]} writes its channels too, and is not pruned'
             elif keys and found[n]==in_use: found[n] = 'it is not silent when its filters are zero'

@@ -31,6 +31,9 @@ def tiny_data(n=48):
     return x, x.mean((2, 3)).argmax(1)
 
 
+def tiny_images(n=4): return torch.randn(n, 4, 6, 6)
+
+
 def tiny_dls(bs=8):
     "Five training batches, the last one smaller, and a validation set, always in the same order"
     items = list(zip(*tiny_data()))

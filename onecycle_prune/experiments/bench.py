@@ -144,7 +144,8 @@ prune_methods = ({'large_final': dict(context='global'), 'large_final local': di
     'own function': dict(criteria=_own_function, context='global')}
     | {name: dict(criteria=name, context='global') for name in _of_weights}
     | {name: dict(granularity=name, layers=_divides) for name in ('2:4', '1:4', '4:8', '8:16')}
-    | {name: dict(granularity=name, layers=nn.Conv2d) for name in ('kernel', 'channel', 'filter')})
+    | {name: dict(granularity=name, layers=nn.Conv2d) for name in ('kernel', 'channel', 'filter')}
+    | {'structured': dict(granularity='structured')})
 
 def bench_prune(
     arch:str, # As for `bench_steps`, as are the next three
@@ -165,7 +166,7 @@ def bench_prune(
 
 def _step_and_prune_ms(model, batch, sparsity, n, total, kwargs):
     "Milliseconds of a training step without pruning, and of pruning"
-    sparsifier,schedule = Sparsifier(model, **kwargs),middle_schedule(n, total)
+    sparsifier,schedule = Sparsifier(model, inputs=batch[0], **kwargs),middle_schedule(n, total)
     opt = torch.optim.AdamW(model.parameters(), foreach=True)
     target = sparsifier.granularity.sparsity or sparsity
     def _now():
