@@ -20,6 +20,7 @@ from reference import assert_counts, count_groups, curve, layers_of
 
 area = 'Many processes'
 cases = [(criterion, context) for criterion in ('large_final', 'random', 'movement') for context in ('local', 'global')]
+cases += [('large_final', context, 'structured') for context in ('local', 'global')]
 epochs = 4
 n_batches = 3  # of the five batches of `tiny_dls`, each process has three
 runs = dict(whole=0, resumed=2)  # the first epoch of each
@@ -30,12 +31,14 @@ def as_ints(net):
     return {n: p.detach().clone().view(torch.int32) for n, p in net.named_parameters()}
 
 
-def train(learn, criterion='large_final', context='local', cbs=(), **kwargs):
+def train(learn, criterion='large_final', context='local', granularity='weight', cbs=(), **kwargs):
     "Train with pruning; return the weights before, the masks before each epoch, the state after each batch, the end"
-    net, cb, masks, inputs = learn.model, SparsifyCallback(.9, context=context, criteria=criterion), [], []
-    before = as_ints(net)
-    note = Callback(before_train=lambda self: masks.append(cb.sparsifier.masks))
-    probe = Probe(lambda _: dict(masks=cb.sparsifier.masks, weights=as_ints(net), counts=count_groups(net)))
+    net, cb, masks, inputs = learn.model, SparsifyCallback(.9, granularity, context, criterion), [], []
+    before, group = as_ints(net), 'weight' if granularity == 'weight' else 'filter'
+    def note_first(self):
+        if self.training and self.iter == 0: masks.append(cb.sparsifier.masks)
+    note = Callback(after_pred=note_first)
+    probe = Probe(lambda _: dict(masks=cb.sparsifier.masks, weights=as_ints(net), counts=count_groups(net, group)))
     see = before_training_batches(lambda learn: inputs.append(learn.x.clone()))
     learn.fit_one_cycle(epochs, 1e-2, cbs=[cb, note, probe, see, *cbs], **kwargs)
     return dict(before=before, masks=masks, batches=probe.seen, end=bits(learn.model), unwrapped=learn.model is net,
@@ -62,7 +65,7 @@ def work(folder):
         for m in layers_of(learn.model).values(): m.reset_parameters()
         torch.manual_seed(rank)
         save = SaveModelCallback(every_epoch=True, with_opt=True)
-        with learn.distrib_ctx(sync_bn=False, cpu=True): whole = train(learn, *case, [save])
+        with learn.distrib_ctx(sync_bn=False, cpu=True): whole = train(learn, *case, cbs=[save])
         other.load(f"model_{runs['resumed']-1}", with_opt=True, weights_only=False)
         torch.manual_seed(20+rank)
         with other.distrib_ctx(sync_bn=False, cpu=True): resumed = train(other, *case, start_epoch=runs['resumed'])

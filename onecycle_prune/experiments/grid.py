@@ -103,7 +103,8 @@ def _commit():
 
 # %% ../../nbs/experiments/33_grid.ipynb #2d292008
 def make_record(
-    run:Run # The training to do
+    run, # The training to do, a `Run` or another dataclass of settings
+    train=train # Does a training: a function of `run` to a dict of results
 )->dict: # The settings; state, 'done' or 'failed'; the result or the error; versions and device
     "Train, and describe the training and its result; an exception of the training becomes a part of the record"
     made_with = dict(version=onecycle_prune.__version__, commit=_commit())
@@ -136,12 +137,12 @@ def grid(
 
 # %% ../../nbs/experiments/33_grid.ipynb #09a9ec90
 def remaining(
-    runs:list[Run], # All trainings
+    runs:list, # All trainings, `Run` or another dataclass of settings
     records:list[dict], # As `read_records` returns them
     again:bool=False # Whether failed trainings remain too
 )->list[Run]:
     "The trainings that have no record"
-    names = [f.name for f in fields(Run)]
+    names = [f.name for f in fields(runs[0])] if runs else []
     recorded = {tuple(r[n] for n in names) for r in records if r['state']=='done' or not again}
     return [run for run in runs if astuple(run) not in recorded]
 
