@@ -7,7 +7,7 @@ from .deploy.compress import compress
 from .deploy.costs import costs, plot_costs
 from .deploy.shrink import shrink, shrink_like, shrink_report
 from .deploy.speed_up import speed_up
-from .granularity import granularities
+from .granularity import Structured, granularities
 from .report import plot_layers, sparsity_report
 from .schedule import (SchedAGP, SchedDSD, SchedIterative, SchedOneCycle, SchedOneShot, Schedule, agp, dsd,
     get_schedule, iterative, one_cycle, one_shot, plot_schedules, sched_agp, sched_dsd, sched_iterative,
@@ -16,7 +16,7 @@ from .sparsifier import Sparsifier
 
 # `cos`, `lin`, `conv`, `linear` and `random` stay in their modules, because scripts use these names for other things.
 __all__ = ['Criteria', 'SchedAGP', 'SchedDSD', 'SchedIterative', 'SchedOneCycle', 'SchedOneShot', 'Schedule',
-    'Sparsifier', 'SparsifyCallback', 'agp', 'compress', 'costs', 'criteria', 'dsd', 'estimate_batchnorms',
+    'Sparsifier', 'SparsifyCallback', 'Structured', 'agp', 'compress', 'costs', 'criteria', 'dsd', 'estimate_batchnorms',
     'get_criteria', 'get_schedule', 'granularities', 'iterative', 'large_final', 'large_init',
     'large_init_large_final', 'magnitude_increase', 'movement', 'needs_gradient', 'one_cycle', 'one_shot',
     'plot_costs', 'plot_layers', 'plot_schedules', 'sched_agp', 'sched_dsd', 'sched_iterative',

@@ -8,7 +8,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/granularity.html.md"""
 
 # %% auto #0
 __all__ = ['conv', 'linear', 'recurrent', 'granularity_aliases', 'granularities', 'layer_kind', 'is_transposed_linear', 'axes',
-           'grouped_view', 'group_axes', 'Granularity', 'NM', 'get_granularity']
+           'grouped_view', 'group_axes', 'Granularity', 'Structured', 'NM', 'get_granularity']
 
 # %% ../nbs/03_granularity.ipynb #d02ceacc
 import math,re,torch
@@ -96,6 +96,7 @@ def _layout(shape, strides, spanned):
 # %% ../nbs/03_granularity.ipynb #b45874cf
 class Granularity:
     "The groups of weights that are pruned together: they span the axes that `group_axes` lists under its name"
+    couples = False # whether a group has weights of several layers, which only a forward pass can tell
     sparsity = None # the final sparsity that a pattern implies; only n:m patterns imply one
     run = 0,0 # of an n:m pattern: the weights of a run, and how many of them may be pruned
     def __init__(self,
@@ -117,11 +118,6 @@ class Granularity:
         "Why `m` cannot have this granularity"
         if self.supports(m): return ''
         return f"{m.__class__.__name__} does not support granularity {self}, only {', '.join(map(repr, group_axes(m)))}"
-
-    @property
-    def couples(self)->bool:
-        "Whether a group has weights of several layers, which only a forward pass can tell"
-        return self.name=='structured'
 
     @property
     def of_weights(self)->bool: # True for n:m patterns too
@@ -171,6 +167,21 @@ class Granularity:
     )->torch.Tensor: # One value for each weight, in the shape of `m.weight`
         "Expand a mask of groups to a mask of weights"
         return mask.expand_as(grouped_view(m.weight, m)).flatten(0, 1)
+
+# %% ../nbs/03_granularity.ipynb #50d20fb0
+class Structured(Granularity):
+    "Channels: all filters and output neurons that write a channel, with their biases and norms, in all layers"
+    couples = True
+    def __init__(self,
+        round_to:int=1 # The number of channels that stay is a multiple of it, or all channels stay
+    ):
+        "Raises `ValueError` if `round_to` is no whole number from 1 on"
+        super().__init__('structured')
+        if type(round_to) is not int or round_to < 1:
+            raise ValueError(f"round_to is a number of channels, 1 or more, got {round_to!r}.")
+        self.round_to = round_to
+
+    def __repr__(self): return f'Structured(round_to={self.round_to})'
 
 # %% ../nbs/03_granularity.ipynb #fc7bec19
 class NM(Granularity):
@@ -230,7 +241,8 @@ _answers = { # {answer: the words that it answers}
     "'shared_kernel' for convolutions, or 'column' with layers=nn.Linear": 'input inputs',
     "'column' with layers=nn.Linear": 'in_feature in_features input_feature input_features',
     "'weight'": 'element elements element_wise fine fine_grained single individual',
-    "a group of weights, such as 'filter', or a pattern, such as '2:4'": 'structured ln_structured coarse_grained',
+    "a group of weights, such as 'filter' or 'structured', or a pattern, such as '2:4'":
+        'ln_structured coarse_grained',
     "'2:4'": 'semi_structured nm n:m 2x4 2_4',
     '': 'depthwise depth_wise', # a kind of convolution, and no vector along the depth
     "'row', a vector along the width": 'width',
@@ -245,7 +257,8 @@ def get_granularity(
     name:str # A name in `granularities`, a pattern 'n:m' such as '2:4', or a `Granularity`
 )->Granularity:
     "The `Granularity` of that name; raises `ValueError` if there is none"
-    if isinstance(name, Granularity): return name
+    if isinstance(name, Granularity) and (name.couples or name.name!='structured'): return name
+    if name=='structured' or isinstance(name, Granularity): return Structured()
     if isinstance(name, str) and re.fullmatch(r'\d+:\d+', name): return NM(name)
     if name not in granularities:
         raise_unknown('granularity', name, granularities, also="a pattern such as '2:4'", hints=_granularity_hints)

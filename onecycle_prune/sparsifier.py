@@ -279,7 +279,7 @@ class Sparsifier:
         if inputs is None:
             raise ValueError("Granularity 'structured' finds in a forward pass which layers are coupled: "
                              "give `inputs`, a batch for the model.")
-        self.coupled = find_coupled_layers(model, self.chosen, inputs)
+        self.coupled = find_coupled_layers(model, self.chosen, inputs, self.granularity.round_to)
         left_out = self.coupled.not_pruned
         if warns and left_out:
             warn(f"Layers of which no channel can be pruned: {'; '.join(f'{n} ({o})' for n,o in left_out.items())}.")

@@ -39,7 +39,7 @@ def test_no_modules(): assert not [n for n, v in star('onecycle_prune.all').item
 
 @pytest.mark.parametrize('name', [
     'SparsifyCallback', 'Sparsifier', 'Schedule', 'SchedOneCycle', 'Criteria', 'large_final', 'one_cycle',
-    'sparsity_report', 'plot_layers', 'plot_schedules', 'schedules', 'criteria', 'granularities'])
+    'sparsity_report', 'plot_layers', 'plot_schedules', 'schedules', 'criteria', 'granularities', 'Structured'])
 def test_exports(name): assert name in star('onecycle_prune.all')
 
 

@@ -30,6 +30,7 @@ together = dict(
     kernel='out in',                                            # what one output channel does with one input channel
     horizontal_slice='out d h', vertical_slice='out d w',       # a filter's row, or column, through all its inputs
     filter='out',                                               # all weights of one output channel
+    structured='out',                                           # the same, in each layer that writes the channel
     # The same across all filters that read the same inputs: of a grouped convolution, those of one of its groups.
     shared_weight='group in d h w', shared_row='group in d h', shared_column='group in d w',
     shared_depth='group in h w',
@@ -37,7 +38,7 @@ together = dict(
     shared_horizontal_slice='group d h', shared_vertical_slice='group d w',
     layer='')
 # Of a weight matrix, a row makes one output and a column reads one input.
-together_linear = dict(weight='out in', row='out', column='in', layer='')
+together_linear = dict(weight='out in', row='out', column='in', structured='out', layer='')
 
 
 def coords(m, i):
@@ -274,7 +275,7 @@ def test_nearest(name, right):
 
 
 neuron = "'filter' for convolutions, or 'row' with layers=nn.Linear"
-a_group = "a group of weights, such as 'filter', or a pattern, such as '2:4'"
+a_group = "a group of weights, such as 'filter' or 'structured', or a pattern, such as '2:4'"
 
 
 @pytest.mark.parametrize('word,right', [
@@ -286,7 +287,7 @@ a_group = "a group of weights, such as 'filter', or a pattern, such as '2:4'"
     ('inputs', "'shared_kernel' for convolutions, or 'column' with layers=nn.Linear"),
     ('out_features', "'row' with layers=nn.Linear"), ('in_features', "'column' with layers=nn.Linear"),
     ('element', "'weight'"), ('elementwise', "'weight'"), ('fine', "'weight'"), ('fine-grained', "'weight'"),
-    ('structured', a_group), ('ln_structured', a_group), ('semi-structured', "'2:4'"), ('semistructured', "'2:4'"),
+    ('coarse_grained', a_group), ('ln_structured', a_group), ('semi-structured', "'2:4'"), ('semistructured', "'2:4'"),
     ('nm', "'2:4'"), ('n:m', "'2:4'"), ('width', "'row', a vector along the width"),
     ('height', "'column', a vector along the height"), ('local', "context='local'"), ('layerwise', "context='local'"),
     ('global', "context='global'")])

@@ -9,6 +9,7 @@ from fastai.vision.all import DynamicUnet, create_body, create_head, resnet18
 from hypothesis import assume, given, settings, strategies as st
 from onecycle_prune.callback import SparsifyCallback
 from onecycle_prune.deploy.shrink import shrink
+from onecycle_prune.granularity import Granularity, Structured
 from onecycle_prune.sparsifier import Sparsifier
 from onecycle_prune.structured import find_coupled_layers
 from torch import nn
@@ -103,15 +104,17 @@ class TestTraining:
             learn.fit(1, 1e-2, cbs=SparsifyCallback(1, 'structured', context))
         assert n_silent(learn.model) == {n: size-1 for n, size in sizes.items()}
 
-    @pytest.mark.parametrize('kwargs', [{}, dict(context='global'), dict(criteria='movement')], ids=str)
+    @pytest.mark.parametrize('kwargs', [{}, dict(context='global'), dict(criteria='movement'),
+        dict(granularity=Structured(3), context='global')], ids=str)
     @pytest.mark.parametrize('opt_func', [momentum_sgd, adam], ids=['sgd', 'adam'])
     def test_resume(self, learner, kwargs, opt_func):
         "From an ordinary checkpoint, bit for bit"
+        kwargs = dict(sparsity=.7, granularity='structured') | kwargs
         whole, save = learner(opt_func=opt_func), SaveModelCallback(every_epoch=True, with_opt=True)
-        whole.fit_one_cycle(4, 1e-2, cbs=[SparsifyCallback(.7, 'structured', **kwargs), save])
+        whole.fit_one_cycle(4, 1e-2, cbs=[SparsifyCallback(**kwargs), save])
         for start in (1, 3):
             resumed = learner(opt_func=opt_func).load(f'model_{start-1}', with_opt=True, weights_only=False)
-            resumed.fit_one_cycle(4, 1e-2, start_epoch=start, cbs=SparsifyCallback(.7, 'structured', **kwargs))
+            resumed.fit_one_cycle(4, 1e-2, start_epoch=start, cbs=SparsifyCallback(**kwargs))
             assert_same(bits(resumed.model), bits(whole.model))
             assert resumed.recorder.sparsities == whole.recorder.sparsities[start*n_batches:]
 
@@ -160,9 +163,27 @@ class TestTraining:
         ({'last': .5}, {'stem': 4, 'first': 0, 'hidden': 0}), # a name of any of the layers
         ({nn.Conv2d: .25, 'first': .5}, {'stem': 2, 'first': 6, 'hidden': 0})], ids=str)
     def test_dict(self, learner, sparsity, expected):
+        "A key is the name of any layer of a set, or a class"
         learn = learner()
         learn.fit(1, 1e-2, cbs=SparsifyCallback(sparsity, 'structured'))
         assert n_silent(learn.model) == expected
+
+    @pytest.mark.parametrize('context', ['local', 'global'])
+    @pytest.mark.parametrize('round_to', [2, 3, 4, 5, 7, 30])
+    def test_round_to(self, learner, round_to, context):
+        "A multiple of a number of channels stays, or all; blocks of channels are counted exactly"
+        learn, probe, masks = learner(), Probe(n_silent), Probe(silent)
+        cb = SparsifyCallback(.6, Structured(round_to), context)
+        learn.fit_one_cycle(3, 1e-2, cbs=[cb, probe, masks])
+        blocks = {n: -(-size//round_to) for n, size in sizes.items()}
+        for counts, s in zip(probe.seen, expected_sparsities('one_cycle', .6), strict=True):
+            kept = {n: sizes[n] - counts[n] for n in sizes}
+            assert all(kept[n] == sizes[n] or kept[n] % round_to == 0 and kept[n] for n in sizes)
+            n_pruned = {n: blocks[n] - -(-kept[n]//round_to) for n in sizes}
+            if context == 'local': assert n_pruned == {n: min(round(s*o), o-1) for n, o in blocks.items()}
+            else: assert sum(n_pruned.values()) == min(round(s*sum(blocks.values())), sum(blocks.values()) - 3)
+        for before, after in zip(masks.seen, masks.seen[1:]):
+            assert all((before[n] <= after[n]).all() for n in parts)
 
     def test_schedule_that_falls(self, learner):
         "Channels return"
@@ -228,6 +249,14 @@ class TestFinding:
         with pytest.warns(UserWarning, match=r'stem \(last.weight writes its channels too'):
             sp = Sparsifier(net, 'structured', layers=['stem', 'first'], inputs=tiny_images())
         assert list(sp.coupled.sets) == ['first'] == list(sp.layers)
+
+    @pytest.mark.parametrize('round_to', [0, -1, 1.5, True, '8'])
+    def test_wrong_number(self, round_to):
+        with pytest.raises(ValueError, match='round_to is a number of channels'): Structured(round_to)
+
+    def test_instance(self):
+        "`Granularity('structured')` is the same"
+        assert Sparsifier(ResidualNet(), Granularity('structured'), inputs=tiny_images()).coupled
 
     def test_no_inputs(self):
         with pytest.raises(ValueError, match='give `inputs`'): Sparsifier(ResidualNet(), 'structured')
