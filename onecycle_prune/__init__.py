@@ -20,7 +20,7 @@
 - `onecycle_prune.experiments.demo`: The main task on one page: dense, one-cycle and the paper's baselines with the same budget
 - `onecycle_prune.experiments.deployed`: What a trained network gains when it is used: dense, pruned, compressed, sped up
 - `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued
-- `onecycle_prune.experiments.widths`: Three ways to a narrower network, compared at equal multiply-adds
+- `onecycle_prune.experiments.widths`: What a narrower network costs, and three ways to train one
 - `onecycle_prune.granularity`: Which weights are pruned together: single weights, or groups of them
 - `onecycle_prune.guard`: Keep the model pruned, whatever happens in a fit
 - `onecycle_prune.layers`: Which layers are pruned, and what their tensors are called

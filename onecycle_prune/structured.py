@@ -13,7 +13,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/structured.html.md"""
 # %% auto #0
 __all__ = ['index_rows', 'row_means', 'Blocks', 'CoupledTensor', 'CoupledLayers', 'JoinedSets', 'find_coupled_layers']
 
-# %% ../nbs/17_structured.ipynb #8a1db47e
+# %% ../nbs/17_structured.ipynb #5b03e372
 import numpy as np, torch
 from dataclasses import dataclass
 from torch import nn
@@ -21,7 +21,7 @@ from .channels import Channels, as_inputs, in_use, of_weights
 from .layers import copy_model, named_tensors, tensor_names, unwrap_model
 from .select.bits import zero_
 
-# %% ../nbs/17_structured.ipynb #ed17f5b9
+# %% ../nbs/17_structured.ipynb #9f9bc7cb
 def index_rows(
     numbers:np.ndarray, # For each place the number of its row, of shape (n,)
     n_rows:int # How many rows there are
@@ -44,7 +44,7 @@ def row_means(
     values,used = (torch.cat([o, o.new_zeros(1)])[rows] for o in (values, used))
     return values.where(used, 0).sum(1) / used.sum(1).clamp_min(1)
 
-# %% ../nbs/17_structured.ipynb #39e575ac
+# %% ../nbs/17_structured.ipynb #4bcb3ce1
 class Blocks:
     "The channels of a set, in blocks of `size` channels with neighbouring scores"
     def __init__(self,
@@ -76,7 +76,7 @@ class Blocks:
         "Prune the channels of pruned blocks"
         self.channels[self.order] = self.pruned[self.block_of]
 
-# %% ../nbs/17_structured.ipynb #0982d939
+# %% ../nbs/17_structured.ipynb #d5b15dd2
 @dataclass
 class CoupledTensor:
     "A parameter or buffer with numbers for channels, such as a bias, or the weight of a norm"
@@ -156,7 +156,7 @@ class CoupledLayers:
             if tensors is None: t.zero(self.pruned)
             elif t.name in tensors: t.zero(self.pruned, tensors[t.name])
 
-# %% ../nbs/17_structured.ipynb #0d47c1e6
+# %% ../nbs/17_structured.ipynb #bccbab4e
 class JoinedSets:
     "The channels of some sets of layers, which compete in one `Problem`"
     def __init__(self,
@@ -201,7 +201,7 @@ class JoinedSets:
         for o in self.blocks: o.spread()
         for n,p in zip(self.layers, pruned): p.copy_(self.coupled.pruned[self.coupled.filters[n]].view_as(p))
 
-# %% ../nbs/17_structured.ipynb #cb3d4944
+# %% ../nbs/17_structured.ipynb #c6c9d5fd
 class _Search:
     "The search for coupled layers among `layers`"
     def __init__(self, network, layers, parameter_names, args):
@@ -283,7 +283,8 @@ def find_coupled_layers(
     inputs, # Of the model: a batch, a tensor or a tuple, on the device of the model
     round_to:int=1 # As for `CoupledLayers`
 )->CoupledLayers:
-    "The coupled layers of a model. Raises `ValueError` if the model fails with `inputs`, or if no channel can be pruned."
+    """The coupled layers of a model. Raises `ValueError` if the model fails with `inputs`, or if no channel can be \
+pruned."""
     network = unwrap_model(model)
     names = tensor_names(network)
     search = _Search(network, layers, {n: names[id(m.weight)] for n,m in layers.items()}, as_inputs(inputs))
