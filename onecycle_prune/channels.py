@@ -116,6 +116,7 @@ def compact(
 
 # %% ../nbs/16_channels.ipynb #eec9b687
 _nan,_filled = float('nan'),'a tensor is filled step by step'
+_is_input,_by_number = 'input of the model','takes channels by their numbers'
 
 def _place(t): return t.data_ptr(),t.shape,t.stride()
 def _storage(t): return t.untyped_storage().data_ptr()
@@ -143,6 +144,8 @@ class Tracer:
         self.elements = {} # {name of a parameter with several axes: a label for each of its numbers}
         self.readers = set() # of the keys of `axes`, those whose channels are read
         self.fixed_names = {} # {name of a parameter: why it cannot be cut}
+        self.inputs = [] # for each input of the model: where it lies, and its labels
+        self.looked_up = [] # (labels of numbers, labels of what an embedding gives for them)
         self.states = {} # {id of a tensor: (its labels, its known values), both compact}
         # For tensors that are made without a recorded call: {where a tensor lies: its state}, {its storage: its labels}
         self.memory,self.storages = {},{}
@@ -209,7 +212,8 @@ class Tracer:
         if _storage(t) in self.storages: return self._start_part(t)
         if is_data:
             labels = self.new(1, *t.shape[1:]) if t.ndim else self.new()
-            self.fix(labels, 'input of the model')
+            self.fix(labels, _is_input)
+            self.inputs.append((t.data_ptr(), labels))
             self.note(t, (labels, _unknown_values(t)))
         elif maker is not None and t._version > 0: self.note(t, self.opaque(t, _filled))
 
@@ -325,7 +329,7 @@ def _pick(tracer, call, name):
     "A part by its numbers would be another part after a removal"
     states,labels = _move(tracer, call, name),tracer.labels(call.tensors[0])
     if any(len(o.unique()) < len(labels.unique()) for o,_ in states):
-        tracer.fix(labels, f'{name} takes channels by their numbers')
+        tracer.fix(labels, f'{name} {_by_number}')
     return states
 
 @step_of(['chunk'])
@@ -515,8 +519,9 @@ def _live(tracer, t, axis, weight, groups, is_transposed):
 @step_of(['embedding'])
 def _embedding(tracer, call, name):
     "The axis of the vocabulary is fixed"
-    weight = call.tensors[1]
+    numbers,weight = call.tensors
     tracer.fix(tracer.of_axis(weight, 0), 'vocabulary of an embedding')
+    tracer.looked_up.append((tracer.labels(numbers), tracer.of_axis(weight, 1)))
     shape = [1]*(call.result.ndim-1) + [-1]
     is_zero = (tracer.values(weight)==0).expand(weight.shape).all(0)
     return [(tracer.of_axis(weight, 1).view(shape), torch.where(is_zero, 0., _nan).double().view(shape))]
@@ -543,6 +548,7 @@ these inputs, or returns no tensor."""
     ):
         tracer = Tracer(tensor_names(model), careful)
         self.careful = careful
+        self.inputs = [o for o in tree_flatten((args, kwargs))[0] if isinstance(o, torch.Tensor)]
         try: records = [record_mode(model, args, kwargs, False)]
         except Exception as e:
             raise ValueError(f'The model cannot be followed, since it fails with these inputs: {e}. '
@@ -572,7 +578,25 @@ these inputs, or returns no tensor."""
         for (name,_),labels in axes.items():
             if name in tracer.fixed_names: self._fix(labels, tracer.fixed_names[name])
         for labels in tracer.needed: self._fix(labels, in_use)
+        self._find_unread(tracer)
         for found in self.axes.values(): self._keep_one(found)
+
+    def _find_unread(self, tracer):
+        "Which channels of the inputs nothing reads"
+        is_read = np.zeros(self.n_coupled, bool)
+        def _numbers(labels): return self.of_label[labels.numpy()]
+        for labels in tracer.needed: is_read[_numbers(labels)] = True
+        for labels,reason in tracer.fixed:
+            if reason!=_is_input and not reason.endswith(_by_number): is_read[_numbers(labels)] = True
+        for numbers,found in tracer.looked_up: is_read[_numbers(numbers)] |= is_read[_numbers(found)].any()
+        found = {}
+        for place,labels in tracer.inputs: # in both modes
+            if labels.ndim > 1: found.setdefault(place, []).append(_numbers(labels.transpose(0, 1).flatten(1)))
+        none = np.empty((0, 0), int)
+        #: For each input tensor and each index along its axis 1, numbers of coupled channels
+        self.of_inputs = [np.concatenate(found.get(t.data_ptr(), [none]), 1) for t in self.inputs]
+        #: For each input tensor, the indices along axis 1 that nothing reads
+        self.unread = [np.flatnonzero(~is_read[o].any(1)).tolist() for o in self.of_inputs]
 
     def _fix(self, labels, reason): self._hold(np.unique(self.of_label[labels.numpy()]), reason)
 
@@ -602,11 +626,14 @@ these inputs, or returns no tensor."""
         "Whether these are the reasons why channels cannot be removed"
         return np.array([o in reasons for o in self.reasons])[self.reason_of]
 
-    def kept(self)->dict[str, dict[int, list[int]]]:
-        "{name of a parameter or buffer: {axis: indices that stay}} of all that can be cut"
-        removable,found = self.reason_of==0,{}
+    def kept(self,
+        removed:np.ndarray|None=None # Bool, for each number of coupled channels; by default those that can be removed
+    )->dict[str, dict[int, list[int]]]:
+        "{name of a parameter or buffer: {axis: indices that stay}} of all that is cut"
+        if removed is None: removed = self.reason_of==0
+        found = {}
         for (name,axis),coupled in self.axes.items():
-            if removable[coupled].any(): found.setdefault(name, {})[axis] = np.flatnonzero(~removable[coupled]).tolist()
+            if removed[coupled].any(): found.setdefault(name, {})[axis] = np.flatnonzero(~removed[coupled]).tolist()
         return found
 
     def coupled(self)->list[Coupled]:
