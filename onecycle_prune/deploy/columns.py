@@ -9,14 +9,13 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/columns.html.md"""
 # %% auto #0
 __all__ = ['unread_inputs', 'unread_columns', 'drop_columns']
 
-# %% ../../nbs/deploy/48_columns.ipynb #528fcb80
+# %% ../../nbs/deploy/48_columns.ipynb #278f8748
 import numpy as np, torch
-from fastai.tabular.model import TabularModel
 from ..channels import Channels, as_inputs
 from .shrink import cut, shrink
 from torch import nn
 
-# %% ../../nbs/deploy/48_columns.ipynb #0ab73ed3
+# %% ../../nbs/deploy/48_columns.ipynb #eb8757c2
 def unread_inputs(
     model, # A model or a `Learner`; it is not changed
     x # A batch of inputs, a tensor or a tuple of tensors, on the device of the model
@@ -26,10 +25,10 @@ Raises `ValueError` as `shrink` does."""
     # An input that only dead channels read has no effect either.
     return Channels(shrink(model, x), as_inputs(x)).unread
 
-# %% ../../nbs/deploy/48_columns.ipynb #19b33ece
+# %% ../../nbs/deploy/48_columns.ipynb #43cc7f80
 def _inputs(learn):
     "A small batch for the model of a tabular learner, on its device"
-    if not isinstance(learn.model, TabularModel):
+    if not any(cls.__name__=='TabularModel' for cls in type(learn.model).__mro__): # without an import of fastai
         raise ValueError(f'The model of a tabular learner is a TabularModel, got {type(learn.model).__name__}.')
     n_cats,n_conts = len(learn.dls.cat_names),len(learn.dls.cont_names)
     device = next(learn.model.parameters()).device
@@ -45,7 +44,7 @@ def unread_columns(
 
 def drop_columns(
     learn # A tabular learner; it is not changed
-)->tuple[TabularModel, list[str], list[str]]: # The network without them; the categorical and continuous names that stay
+)->tuple[nn.Module, list[str], list[str]]: # The network without them; the categorical and continuous names that stay
     """Remove the columns that have no effect from the network of a tabular learner. Raises `ValueError` if the model \\
 is no `TabularModel` of fastai, or if no column would remain."""
     with torch.random.fork_rng(): xs = _inputs(learn)
