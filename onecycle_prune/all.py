@@ -1,8 +1,9 @@
 "The names that a script needs: `from onecycle_prune.all import *`, next to fastai's own `all`"
 from .batchnorm import estimate_batchnorms
 from .callback import SparsifyCallback
-from .criteria import (Criteria, criteria, get_criteria, large_final, large_init, large_init_large_final,
+from .criteria import (Criteria, Variety, criteria, get_criteria, large_final, large_init, large_init_large_final,
     magnitude_increase, movement, needs_gradient, small_final, taylor, updating_movement)
+from .deploy.columns import drop_columns, unread_columns, unread_inputs
 from .deploy.compress import compress
 from .deploy.costs import costs, plot_costs
 from .deploy.shrink import plot_widths, shrink, shrink_like, shrink_report
@@ -16,9 +17,10 @@ from .sparsifier import Sparsifier
 
 # `cos`, `lin`, `conv`, `linear` and `random` stay in their modules, because scripts use these names for other things.
 __all__ = ['Criteria', 'SchedAGP', 'SchedDSD', 'SchedIterative', 'SchedOneCycle', 'SchedOneShot', 'Schedule',
-    'Sparsifier', 'SparsifyCallback', 'Structured', 'agp', 'compress', 'costs', 'criteria', 'dsd',
-    'estimate_batchnorms', 'get_criteria', 'get_schedule', 'granularities', 'iterative', 'large_final', 'large_init',
-    'large_init_large_final', 'magnitude_increase', 'movement', 'needs_gradient', 'one_cycle', 'one_shot',
-    'plot_costs', 'plot_layers', 'plot_schedules', 'plot_widths', 'sched_agp', 'sched_dsd', 'sched_iterative',
-    'sched_onecycle', 'sched_oneshot', 'schedules', 'shrink', 'shrink_like', 'shrink_report', 'small_final',
-    'sparsity_report', 'speed_up', 'taylor', 'updating_movement']
+    'Sparsifier', 'SparsifyCallback', 'Structured', 'Variety', 'agp', 'compress', 'costs', 'criteria',
+    'drop_columns', 'dsd', 'estimate_batchnorms', 'get_criteria', 'get_schedule', 'granularities',
+    'iterative', 'large_final', 'large_init', 'large_init_large_final', 'magnitude_increase', 'movement',
+    'needs_gradient', 'one_cycle', 'one_shot', 'plot_costs', 'plot_layers', 'plot_schedules',
+    'plot_widths', 'sched_agp', 'sched_dsd', 'sched_iterative', 'sched_onecycle', 'sched_oneshot',
+    'schedules', 'shrink', 'shrink_like', 'shrink_report', 'small_final', 'sparsity_report', 'speed_up',
+    'taylor', 'unread_columns', 'unread_inputs', 'updating_movement']

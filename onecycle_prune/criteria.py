@@ -9,7 +9,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/criteria.html.md"""
 # %% auto #0
 __all__ = ['criteria', 'criteria_aliases', 'fused', 'large_final', 'small_final', 'needs_gradient', 'taylor', 'Criteria',
            'large_init', 'large_init_large_final', 'magnitude_increase', 'movement', 'updating_movement',
-           'get_criteria']
+           'get_criteria', 'Variety']
 
 # %% ../nbs/02_criteria.ipynb #2de2aba8
 import sys,torch
@@ -180,3 +180,42 @@ def get_criteria(
         raise_unknown('criterion', criterion, criteria, hints=_criteria_hints,
                       also='a function of a module to scores in the shape of its weight')
     return criterion
+
+# %% ../nbs/02_criteria.ipynb #bc90cb62
+def _distances(
+    filters, # Of shape (n, weights of a filter)
+    scores # Of shape (n,)
+):
+    "The distance of each filter to the nearest one with a higher score; of equal scores, the first is higher"
+    unit = torch.nn.functional.normalize(filters.to(torch.promote_types(filters.dtype, torch.float32)), dim=1)
+    order = scores.argsort(descending=True, stable=True)
+    distances = (1 - unit[order] @ unit[order].T).clamp_min(0)
+    nearest = distances.masked_fill(torch.ones_like(distances, dtype=torch.bool).triu(), torch.inf).amin(1)
+    nearest[0] = distances[0].max() if len(order) > 1 else 1
+    return torch.empty_like(nearest).index_copy_(0, order, nearest)
+
+class Variety:
+    """A criterion for the granularities 'filter' and 'structured', which keeps filters that differ from each other \
+(after Hubens et al., *Improve Convolutional Neural Network Pruning by Maximizing Filter Variety*, arXiv 2203.05807)"""
+    def __init__(self,
+        criterion='large_final' # The importance of a filter: a name in `criteria`, a `Criteria`, or a function
+    ):
+        "Raises `ValueError` for another criterion"
+        self.criterion = get_criteria(criterion)
+        self.__name__ = f"Variety({getattr(self.criterion, '__name__', self.criterion)!r})"
+        # What a sparsifier has to know of the criterion.
+        for name in ('memory', 'needs_gradient', 'remember'):
+            if hasattr(self.criterion, name): setattr(self, name, getattr(self.criterion, name))
+
+    def __repr__(self): return self.__name__
+
+    def __call__(self,
+        m:torch.nn.Module, # A convolution or a linear layer
+        *memory:torch.Tensor # That of the criterion, if it has one
+    )->torch.Tensor: # For each weight the score of its filter, in the shape of `m.weight`
+        "The scores of the filters of `m`"
+        axis = int(getattr(m, 'transposed', False))
+        def _by_filter(t): return t.movedim(axis, 0).flatten(1)
+        scores = _by_filter(self.criterion(m, *memory)).mean(1)
+        scores = (scores - scores.min().clamp_max(0)) * _distances(_by_filter(m.weight.detach()), scores)
+        return scores.view(-1, *[1]*(m.weight.ndim-1)).movedim(0, axis).expand_as(m.weight)

@@ -7,7 +7,7 @@ from torch import nn, tensor
 import onecycle_prune.all
 from helpers import assert_same, bits, zeros
 from networks import fill, line
-from onecycle_prune.criteria import Criteria, criteria, criteria_aliases, get_criteria, needs_gradient
+from onecycle_prune.criteria import Criteria, Variety, criteria, criteria_aliases, get_criteria, needs_gradient
 from onecycle_prune.sparsifier import Sparsifier
 
 now, start = [.5, -2., 0., -1.], [-1., 1.5, .25, -1.]
@@ -279,3 +279,69 @@ def test_wrong_scores(scores, context):
     with pytest.raises(ValueError, match="layer 'odd'"): sp.prune(.5)
     assert_same(net.state_dict(), w0)
     assert all(mask.all() for mask in sp.masks.values())
+
+
+class TestVariety:
+    "Filters that repeat others are pruned first"
+    def scores(self, weights, criterion='large_final', *memory):
+        m = fill(nn.Linear(len(weights[0]), len(weights), bias=False), weights)
+        found = Variety(criterion)(m, *memory)
+        assert found.shape == m.weight.shape and (found == found[:, :1]).all()
+        return found[:, 0]
+
+    def test_by_hand(self):
+        "Each filter's score times one minus the cosine to the nearest of the higher ones"
+        found = self.scores([[2, 0], [1, 1], [0, 1.5], [-.5, 0]])
+        c = 2**-.5
+        torch.testing.assert_close(found, tensor([1*2, 1*(1-c), .75*(1-c), .25*1]))
+
+    def test_copies(self):
+        "Of equal filters only the first keeps a score, however large they are"
+        found = self.scores([[3, 3], [3, 3], [.1, -.1], [3, 3]])
+        assert found[0] > 0 and found[2] > 0 and found[1] == found[3] == 0
+
+    @pytest.mark.parametrize('weights', [[[0, 0], [0, 0]], [[1, 2]], [[0, 0], [1, 1], [0, 0]]], ids=str)
+    def test_finite(self, weights):
+        found = self.scores(weights)
+        assert found.isfinite().all() and (found >= 0).all()
+
+    def test_negative_scores(self):
+        "The order of the criterion is kept for filters that are equally far from each other"
+        found = self.scores([[3, 0, 0], [0, 2, 0], [0, 0, 1]], 'small_final')
+        assert found[0] < found[1] < found[2]
+
+    def test_convolutions(self):
+        "Filters of transposed convolutions are along the second axis"
+        conv, transposed = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 4, 3)
+        with torch.no_grad(): transposed.weight.copy_(conv.weight.transpose(0, 1))
+        torch.testing.assert_close(Variety()(transposed).transpose(0, 1), Variety()(conv))
+
+    @pytest.mark.parametrize('criterion', [
+        'movement', 'updating_movement', 'taylor', 'random', lambda m: m.weight.abs()])
+    def test_appended(self, criterion):
+        "It has the memory of its criterion, and needs a gradient as it does"
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        sp = Sparsifier(net, 'filter', criteria=Variety(criterion))
+        net(torch.randn(2, 3, 8, 8)).sum().backward()
+        with torch.no_grad():
+            for p in net.parameters(): p.add_(torch.randn_like(p))
+        sp.prune(.5)
+        assert [int(m.weight.flatten(1).any(1).sum()) for m in net] == [4, 4]
+
+    def test_prunes_copies_first(self):
+        "In a pruning by steps one of each kind stays"
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 12, 3)
+        with torch.no_grad(): net.weight[4:] = net.weight[:4].repeat(2, 1, 1, 1)*torch.rand(8, 1, 1, 1).add(1)
+        kinds = torch.arange(12) % 4
+        sp = Sparsifier(net, 'filter', criteria=Variety())
+        for s in (1/6, 1/3, 1/2, 2/3): sp.prune(s)
+        kept = net.weight.flatten(1).any(1)
+        assert kinds[kept].sort().values.tolist() == [0, 1, 2, 3]
+
+    def test_saved(self):
+        c = pickle.loads(pickle.dumps(Variety('movement')))
+        assert repr(c) == "Variety('movement')" and c.memory == 'start'
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match="Did you mean 'movement'"): Variety('movment')

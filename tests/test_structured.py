@@ -8,6 +8,7 @@ from fastai.tabular.model import TabularModel
 from fastai.vision.all import DynamicUnet, create_body, create_head, resnet18
 from hypothesis import assume, given, settings, strategies as st
 from onecycle_prune.callback import SparsifyCallback
+from onecycle_prune.criteria import Variety
 from onecycle_prune.deploy.shrink import shrink
 from onecycle_prune.granularity import Granularity, Structured
 from onecycle_prune.sparsifier import Sparsifier
@@ -105,7 +106,8 @@ class TestTraining:
         assert n_silent(learn.model) == {n: size-1 for n, size in sizes.items()}
 
     @pytest.mark.parametrize('kwargs', [{}, dict(context='global'), dict(criteria='movement'),
-        dict(granularity=Structured(3), context='global')], ids=str)
+        dict(granularity=Structured(3), context='global'),
+        dict(criteria=Variety('movement'))], ids=str)
     @pytest.mark.parametrize('opt_func', [momentum_sgd, adam], ids=['sgd', 'adam'])
     def test_resume(self, learner, kwargs, opt_func):
         "From an ordinary checkpoint, bit for bit"

@@ -9,13 +9,13 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/columns.html.md"""
 # %% auto #0
 __all__ = ['unread_inputs', 'unread_columns', 'drop_columns']
 
-# %% ../../nbs/deploy/48_columns.ipynb #278f8748
+# %% ../../nbs/deploy/48_columns.ipynb #ebf7cbee
 import numpy as np, torch
 from ..channels import Channels, as_inputs
 from .shrink import cut, shrink
 from torch import nn
 
-# %% ../../nbs/deploy/48_columns.ipynb #eb8757c2
+# %% ../../nbs/deploy/48_columns.ipynb #87d16127
 def unread_inputs(
     model, # A model or a `Learner`; it is not changed
     x # A batch of inputs, a tensor or a tuple of tensors, on the device of the model
@@ -25,7 +25,7 @@ Raises `ValueError` as `shrink` does."""
     # An input that only dead channels read has no effect either.
     return Channels(shrink(model, x), as_inputs(x)).unread
 
-# %% ../../nbs/deploy/48_columns.ipynb #43cc7f80
+# %% ../../nbs/deploy/48_columns.ipynb #4f2a54b7
 def _inputs(learn):
     "A small batch for the model of a tabular learner, on its device"
     if not any(cls.__name__=='TabularModel' for cls in type(learn.model).__mro__): # without an import of fastai

@@ -46,7 +46,8 @@ def _correct_sizes(
 def _part(t, kept):
     "The part of a parameter or buffer with these indices along its axes"
     part = t.detach()
-    for axis,indices in kept.items(): part = part.index_select(axis, torch.tensor(indices, dtype=torch.long, device=t.device))
+    for axis,indices in kept.items():
+        part = part.index_select(axis, torch.tensor(indices, dtype=torch.long, device=t.device))
     return nn.Parameter(part, t.requires_grad) if isinstance(t, nn.Parameter) else part
 
 def cut(
