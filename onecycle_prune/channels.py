@@ -116,6 +116,7 @@ def compact(
 
 # %% ../nbs/16_channels.ipynb #eec9b687
 _nan,_filled = float('nan'),'a tensor is filled step by step'
+_most_elements = 2**20 # of a parameter, beyond which its numbers have one label, so that a large network takes no minutes
 _is_input,_by_number = 'input of the model','takes channels by their numbers'
 
 def _place(t): return t.data_ptr(),t.shape,t.stride()
@@ -179,8 +180,15 @@ class Tracer:
         name = self.names.get(id(t))
         if name is None or not t.is_floating_point(): return _no_labels(t)
         if t.ndim==1: return self.of_axis(t, 0)
-        if name not in self.elements: self.elements[name] = self.new(*t.shape)
+        if name not in self.elements: self.elements[name] = self._label_elements(name, t)
         return self.elements[name]
+
+    def _label_elements(self, name, t):
+        "A label for each number of a parameter with several axes, such as a table of positions"
+        if t.numel() <= _most_elements: return self.new(*t.shape)
+        label = self.new(*[1]*t.ndim)
+        self.fix(label, f'{name} is used number by number')
+        return label.expand(t.shape)
 
     def values(self, t):
         "The known values of any tensor; those of parameters and of other constants are all known"

@@ -215,5 +215,5 @@ def plot_widths(
     ax.invert_yaxis() # the first layer is at the top
     ax.margins(y=.01)
     ax.set(xlabel='channels')
-    ax.legend()
+    ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=2) # above the bars
     return ax
