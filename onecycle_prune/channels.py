@@ -116,7 +116,7 @@ def compact(
 
 # %% ../nbs/16_channels.ipynb #eec9b687
 _nan,_filled = float('nan'),'a tensor is filled step by step'
-_most_elements = 2**20 # of a parameter, beyond which its numbers have one label, so that a large network takes no minutes
+_most_elements = 2**18 # of a parameter, beyond which its numbers have one label, so that a large network takes no minutes
 _is_input,_by_number = 'input of the model','takes channels by their numbers'
 
 def _place(t): return t.data_ptr(),t.shape,t.stride()

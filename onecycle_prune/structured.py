@@ -13,7 +13,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/structured.html.md"""
 # %% auto #0
 __all__ = ['index_rows', 'row_means', 'Blocks', 'CoupledTensor', 'CoupledLayers', 'JoinedSets', 'find_coupled_layers']
 
-# %% ../nbs/17_structured.ipynb #5b03e372
+# %% ../nbs/17_structured.ipynb #e7fe39d2
 import numpy as np, torch
 from dataclasses import dataclass
 from torch import nn
@@ -21,7 +21,7 @@ from .channels import Channels, as_inputs, in_use, of_weights
 from .layers import copy_model, named_tensors, tensor_names, unwrap_model
 from .select.bits import zero_
 
-# %% ../nbs/17_structured.ipynb #9f9bc7cb
+# %% ../nbs/17_structured.ipynb #512d4e8b
 def index_rows(
     numbers:np.ndarray, # For each place the number of its row, of shape (n,)
     n_rows:int # How many rows there are
@@ -44,7 +44,7 @@ def row_means(
     values,used = (torch.cat([o, o.new_zeros(1)])[rows] for o in (values, used))
     return values.where(used, 0).sum(1) / used.sum(1).clamp_min(1)
 
-# %% ../nbs/17_structured.ipynb #4bcb3ce1
+# %% ../nbs/17_structured.ipynb #03eee350
 class Blocks:
     "The channels of a set, in blocks of `size` channels with neighbouring scores"
     def __init__(self,
@@ -76,7 +76,7 @@ class Blocks:
         "Prune the channels of pruned blocks"
         self.channels[self.order] = self.pruned[self.block_of]
 
-# %% ../nbs/17_structured.ipynb #d5b15dd2
+# %% ../nbs/17_structured.ipynb #d668da2a
 @dataclass
 class CoupledTensor:
     "A parameter or buffer with numbers for channels, such as a bias, or the weight of a norm"
@@ -156,7 +156,7 @@ class CoupledLayers:
             if tensors is None: t.zero(self.pruned)
             elif t.name in tensors: t.zero(self.pruned, tensors[t.name])
 
-# %% ../nbs/17_structured.ipynb #bccbab4e
+# %% ../nbs/17_structured.ipynb #913f14d5
 class JoinedSets:
     "The channels of some sets of layers, which compete in one `Problem`"
     def __init__(self,
@@ -201,7 +201,7 @@ class JoinedSets:
         for o in self.blocks: o.spread()
         for n,p in zip(self.layers, pruned): p.copy_(self.coupled.pruned[self.coupled.filters[n]].view_as(p))
 
-# %% ../nbs/17_structured.ipynb #c6c9d5fd
+# %% ../nbs/17_structured.ipynb #aaef51c9
 class _Search:
     "The search for coupled layers among `layers`"
     def __init__(self, network, layers, parameter_names, args):
@@ -212,6 +212,7 @@ class _Search:
         #: For each number of coupled channels, whether it can be pruned
         self.is_free = self.channels.has_reason(*of_weights)
         self.kinds = nn.Parameter # what is zeroed with the channels
+
     def couple(self):
         "Number the channels set by set"
         self.sets,self.sizes,self.keys = {},{},{}
@@ -305,4 +306,6 @@ pruned."""
             name = search.layer_of[t.name]
             # The groups of a transposed convolution share their channels.
             filters[name] = t.channels.repeat(layers[name].groups) if t.axis==1 else t.channels
-    return CoupledLayers(search.sets, search.sizes, filters, tensors, not_pruned, round_to)
+    coupled = CoupledLayers(search.sets, search.sizes, filters, tensors, not_pruned, round_to)
+    coupled.to(next(iter(layers.values())).weight.device, search.tensors)
+    return coupled

@@ -365,6 +365,20 @@ class TestSelection:
             ends.append(train(is_compiled))
         assert_same(*ends)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize('round_to', [1, 4])
+    @pytest.mark.parametrize('context', ['local', 'global'])
+    def test_gpu(self, context, round_to):
+        "On a GPU the same channels are pruned"
+        found = []
+        for device in ('cpu', 'cuda'):
+            torch.manual_seed(0)
+            net, x = torchvision.models.resnet18(num_classes=4).double().to(device), torch.randn(2, 3, 32, 32)
+            sp = Sparsifier(net, Structured(round_to), context, inputs=x.double().to(device))
+            for s in (.2, .5): sp.prune(s)
+            found.append((sp.coupled.pruned.cpu(), {k: v.cpu() for k, v in bits(net).items()}))
+        assert_same(*found)
+
     def test_groups_of_a_convolution(self):
         "A channel of a grouped convolution has a filter in each group"
         net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ConvTranspose2d(8, 12, 3, groups=2), nn.Conv2d(12, 12, 3, groups=12),
@@ -375,6 +389,20 @@ class TestSelection:
         small = shrink(net, x)
         assert all(m.out_channels < n.out_channels for m, n in zip(small[:-1], net[:-1]))
         assert_equal_outputs(net, small, (x,))
+
+
+class TestTimm:
+    "Networks of timm"
+    @pytest.mark.slow
+    @pytest.mark.parametrize('name', ['mobilenetv3_small_100', 'ghostnet_100', 'regnetx_002', 'convnext_atto',
+        'vit_tiny_patch16_224', 'hrnet_w18_small', 'levit_128s', 'selecsls42'])
+    def test_timm(self, name):
+        timm = pytest.importorskip('timm')
+        net = timm.create_model(name, num_classes=10, drop_rate=0)
+        for m in net.modules():
+            if isinstance(m, nn.Linear) and not m.weight.any(): nn.init.normal_(m.weight)
+        size = net.default_cfg['input_size'][-1] if name[0] in 'vl' else 64
+        check(net, images(2, size))
 
 
 class TestOnnx:
