@@ -39,6 +39,6 @@
 - `onecycle_prune.select.reference`: What selection means, and its plainest answer: one stable sort
 - `onecycle_prune.select.triton_backend`: Fused magnitude pruning on a GPU, in Triton
 - `onecycle_prune.sparsifier`: Score, select and prune, on one model
-- `onecycle_prune.structured`: Channels that several layers write, and that are pruned together"""
+- `onecycle_prune.structured`: Channels that several layers write, and heads of attention, which are pruned together"""
 
 __version__ = "0.1.0"

@@ -146,6 +146,8 @@ class Tracer:
         self.readers = set() # of the keys of `axes`, those whose channels are read
         self.fixed_names = {} # {name of a parameter: why it cannot be cut}
         self.inputs = [] # for each input of the model: where it lies, and its labels
+        self.splits = [] # (labels of channels that a call divides into two axes, the first of these)
+        self.heads = [] # labels of the values of attention, of shape (heads, numbers of a head)
         self.looked_up = [] # (labels of numbers, labels of what an embedding gives for them)
         self.states = {} # {id of a tensor: (its labels, its known values), both compact}
         # For tensors that are made without a recorded call: {where a tensor lies: its state}, {its storage: its labels}
@@ -320,7 +322,7 @@ def _move(tracer, call, name):
 
 @step_of(_reshapes)
 def _reshape(tracer, call, name):
-    "Channels that are divided into parts are tied"
+    "Channels that are divided into parts are tied, or into heads, if attention follows"
     (labels,values),before = _move(tracer, call, name)[0],tracer.labels(call.tensors[0])
     n_before,changing = sum(n > 1 for n in before.shape),[i for i,n in enumerate(labels.shape) if n > 1]
     sizes = tree_unflatten(call.leaves, call.spec)[0][1:]
@@ -329,7 +331,12 @@ def _reshape(tracer, call, name):
     is_split = len(changing) > n_before
     if tracer.careful and (is_given or is_split) or is_split and n_before!=1:
         tracer.fix(labels, f'{name} gives the number of channels')
-    elif is_split: tracer.tie(labels, labels.narrow(changing[0], 0, 1))
+    elif is_split and len(changing) > 2:
+        # The parts, such as queries, keys and values, are one channel from here on.
+        first = labels.narrow(changing[0], 0, 1)
+        tracer.tie(labels, first)
+        labels = first
+    elif is_split: tracer.splits.append((labels, changing[0]))
     return [(labels, values)]
 
 @step_of(_picks)
@@ -473,6 +480,20 @@ def _norm(tracer, call, name):
     shape = 1,-1,*[1]*(t.ndim-2)
     return [(flat.view(shape), known.where(is_known, _nan).view(shape))]
 
+@step_of(['scaled_dot_product_attention'])
+def _attention(tracer, call, name):
+    "A head is removed as a whole; without values, it gives zeros"
+    queries,keys,values,*masks = call.tensors
+    heads = values.shape[1:2]
+    is_usual = all(t.ndim==4 and t.shape[1:2]==heads for t in (queries, keys, values))
+    if not is_usual or any(o.ndim > 2 and o.shape[-3] > 1 for o in masks): return _unknown(tracer, call, name)
+    parts = [_apart(tracer, t, (0, 2), name) for t in (queries, keys, values)]
+    for labels in parts: tracer.tie(labels, parts[-1].narrow(3, 0, 1))
+    tracer.splits = [(o, axis) for o,axis in tracer.splits if not torch.isin(o, torch.cat([p.flatten() for p in parts])).all()]
+    tracer.heads.append(parts[-1].expand(1, *heads, 1, values.shape[3])[0, :, 0])
+    is_zero = (tracer.values(values)==0).all(2, keepdim=True).all(0, keepdim=True)
+    return [(parts[-1], compact(torch.where(is_zero, 0., _nan).double()))]
+
 @step_of(['prelu'])
 def _prelu(tracer, call, name):
     "A weight for each channel, or one for all"
@@ -570,6 +591,7 @@ these inputs, or returns no tensor."""
             self._gather(tracer)
 
     def _gather(self, tracer):
+        for labels,axis in tracer.splits: tracer.tie(labels, labels.narrow(axis, 0, 1))
         a,b = torch.cat(tracer.ties, 1).numpy()
         graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=[tracer.n_labels]*2)
         #: For each label the number of its coupled channels
@@ -586,6 +608,8 @@ these inputs, or returns no tensor."""
         for (name,_),labels in axes.items():
             if name in tracer.fixed_names: self._fix(labels, tracer.fixed_names[name])
         for labels in tracer.needed: self._fix(labels, in_use)
+        #: For each attention, numbers of coupled channels, of shape (heads, numbers of a head)
+        self.heads = [self.of_label[o.numpy()] for o in tracer.heads]
         self._find_unread(tracer)
         for found in self.axes.values(): self._keep_one(found)
 

@@ -8,7 +8,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/granularity.html.md"""
 
 # %% auto #0
 __all__ = ['conv', 'linear', 'recurrent', 'granularity_aliases', 'granularities', 'layer_kind', 'is_transposed_linear', 'axes',
-           'grouped_view', 'group_axes', 'Granularity', 'Structured', 'NM', 'get_granularity']
+           'grouped_view', 'group_axes', 'Granularity', 'Structured', 'Heads', 'NM', 'get_granularity']
 
 # %% ../nbs/03_granularity.ipynb #d02ceacc
 import math,re,torch
@@ -64,10 +64,10 @@ _within_filter = dict(weight='', row='w', column='h', depth='d', channel='i', ke
 _group_axes = dict(
     conv=_within_filter | dict(filter='ik', structured='ik', layer='goik')
          | {f'shared_{name}': 'o'+spanned for name,spanned in _within_filter.items()},
-    linear=dict(weight='', row='i', column='o', structured='i', layer='goi'))
+    linear=dict(weight='', row='i', column='o', structured='i', head='i', layer='goi'))
 
 granularity_aliases = dict(unstructured='weight') # {second name: name}
-granularities = list(_group_axes['conv']) + list(granularity_aliases)
+granularities = list(dict.fromkeys([*_group_axes['conv'], *_group_axes['linear'], *granularity_aliases]))
 
 def group_axes(
     m:nn.Module # A layer with a `weight`
@@ -183,6 +183,16 @@ class Structured(Granularity):
 
     def __repr__(self): return f'Structured(round_to={self.round_to})'
 
+class Heads(Granularity):
+    "Whole heads of attention: all rows that write their queries, keys and values, in all layers"
+    couples = True
+    round_to = 1
+    def __init__(self): super().__init__('head')
+
+    def __repr__(self): return 'Heads()'
+
+_coupling = dict(structured=Structured, head=Heads)
+
 # %% ../nbs/03_granularity.ipynb #fc7bec19
 class NM(Granularity):
     """Single weights, of which `n` are kept in every `m` along the input channels \
@@ -243,6 +253,7 @@ _answers = { # {answer: the words that it answers}
     "'weight'": 'element elements element_wise fine fine_grained single individual',
     "a group of weights, such as 'filter' or 'structured', or a pattern, such as '2:4'":
         'ln_structured coarse_grained',
+    "'head'": 'heads attention attention_head attention_heads',
     "'2:4'": 'semi_structured nm n:m 2x4 2_4',
     '': 'depthwise depth_wise', # a kind of convolution, and no vector along the depth
     "'row', a vector along the width": 'width',
@@ -257,9 +268,9 @@ def get_granularity(
     name:str # A name in `granularities`, a pattern 'n:m' such as '2:4', or a `Granularity`
 )->Granularity:
     "The `Granularity` of that name; raises `ValueError` if there is none"
-    if isinstance(name, Granularity) and (name.couples or name.name!='structured'): return name
-    if name=='structured' or isinstance(name, Granularity): return Structured()
+    if isinstance(name, Granularity): return name if name.couples else _coupling.get(name.name, lambda: name)()
     if isinstance(name, str) and re.fullmatch(r'\d+:\d+', name): return NM(name)
+    if isinstance(name, str) and name in _coupling: return _coupling[name]()
     if name not in granularities:
         raise_unknown('granularity', name, granularities, also="a pattern such as '2:4'", hints=_granularity_hints)
     return Granularity(name)

@@ -85,7 +85,7 @@ class Sparsifier:
         criteria='large_final',
         # Classes, names, modules, or a function of a module to bool; by default all layers in `prunable(model)`
         layers=None,
-        # A batch of inputs, a tensor or a tuple, for granularity 'structured', which has to see a forward pass
+        # A batch of inputs, a tensor or a tuple, for 'structured' and 'head', which have to see a forward pass
         inputs=None
     ):
         "Raises `ValueError` if an argument is not one of these, or if a layer cannot be pruned as asked"
@@ -276,10 +276,11 @@ class Sparsifier:
 
     def _couple(self, model, inputs, warns):
         "Find the layers that are pruned together; layers without channels that can be pruned are left out"
+        g = self.granularity
         if inputs is None:
-            raise ValueError("Granularity 'structured' finds in a forward pass which layers are coupled: "
+            raise ValueError(f"Granularity {g} finds in a forward pass which layers are coupled: "
                              "give `inputs`, a batch for the model.")
-        self.coupled = find_coupled_layers(model, self.chosen, inputs, self.granularity.round_to)
+        self.coupled = find_coupled_layers(model, self.chosen, inputs, g.round_to, heads=g.name=='head')
         left_out = self.coupled.not_pruned
         if warns and left_out:
             warn(f"Layers of which no channel can be pruned: {'; '.join(f'{n} ({o})' for n,o in left_out.items())}.")

@@ -1,8 +1,10 @@
-"""Channels that several layers write, and that are pruned together
+"""Channels that several layers write, and heads of attention, which are pruned together
 
 A pruned filter can only be removed from a network if nothing else writes its channel. In a residual network, the shortcut adds again what one block leaves out. So all layers that write a channel have to be pruned together, with their biases and the norms after them. This is structured pruning (Fang et al., *DepGraph*, arXiv 2301.12900).
 
 This module asks `Channels` which layers write the same channels. Then it knows for each filter which channel it writes. The masks of the layers follow from one mask of all channels, and the scores of the channels follow from the scores of the filters.
+
+A head of attention is a channel too: all that its queries, keys and values consist of. Granularity `head` prunes heads, and `structured` all other channels.
 
 The model is left as it was. `shrink` removes the pruned channels when training is over.
 
@@ -13,7 +15,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/structured.html.md"""
 # %% auto #0
 __all__ = ['index_rows', 'row_means', 'Blocks', 'CoupledTensor', 'CoupledLayers', 'JoinedSets', 'find_coupled_layers']
 
-# %% ../nbs/17_structured.ipynb #e7fe39d2
+# %% ../nbs/17_structured.ipynb #d5cff478
 import numpy as np, torch
 from dataclasses import dataclass
 from torch import nn
@@ -21,7 +23,7 @@ from .channels import Channels, as_inputs, in_use, of_weights
 from .layers import copy_model, named_tensors, tensor_names, unwrap_model
 from .select.bits import zero_
 
-# %% ../nbs/17_structured.ipynb #512d4e8b
+# %% ../nbs/17_structured.ipynb #9d139718
 def index_rows(
     numbers:np.ndarray, # For each place the number of its row, of shape (n,)
     n_rows:int # How many rows there are
@@ -44,7 +46,7 @@ def row_means(
     values,used = (torch.cat([o, o.new_zeros(1)])[rows] for o in (values, used))
     return values.where(used, 0).sum(1) / used.sum(1).clamp_min(1)
 
-# %% ../nbs/17_structured.ipynb #03eee350
+# %% ../nbs/17_structured.ipynb #13a95f44
 class Blocks:
     "The channels of a set, in blocks of `size` channels with neighbouring scores"
     def __init__(self,
@@ -76,7 +78,7 @@ class Blocks:
         "Prune the channels of pruned blocks"
         self.channels[self.order] = self.pruned[self.block_of]
 
-# %% ../nbs/17_structured.ipynb #d668da2a
+# %% ../nbs/17_structured.ipynb #31c15749
 @dataclass
 class CoupledTensor:
     "A parameter or buffer with numbers for channels, such as a bias, or the weight of a norm"
@@ -156,7 +158,7 @@ class CoupledLayers:
             if tensors is None: t.zero(self.pruned)
             elif t.name in tensors: t.zero(self.pruned, tensors[t.name])
 
-# %% ../nbs/17_structured.ipynb #913f14d5
+# %% ../nbs/17_structured.ipynb #a5269fd8
 class JoinedSets:
     "The channels of some sets of layers, which compete in one `Problem`"
     def __init__(self,
@@ -201,16 +203,18 @@ class JoinedSets:
         for o in self.blocks: o.spread()
         for n,p in zip(self.layers, pruned): p.copy_(self.coupled.pruned[self.coupled.filters[n]].view_as(p))
 
-# %% ../nbs/17_structured.ipynb #aaef51c9
+# %% ../nbs/17_structured.ipynb #ae0f0c41
 class _Search:
-    "The search for coupled layers among `layers`"
-    def __init__(self, network, layers, parameter_names, args):
-        self.network,self.args = network,args
+    "The search for coupled layers, among those that `parameter_names` has"
+    def __init__(self, network, parameter_names, args, heads):
+        self.network,self.args,self.heads = network,args,heads
         self.layer_of = {p: n for n,p in parameter_names.items()}
         self.tensors = named_tensors(network)
         self.channels = Channels(network, args)
         #: For each number of coupled channels, whether it can be pruned
         self.is_free = self.channels.has_reason(*of_weights)
+        in_heads = np.unique(np.concatenate([np.empty(0, int), *(o.flatten() for o in self.channels.heads)]))
+        self.is_free &= np.isin(np.arange(self.channels.n_coupled), in_heads)==heads
         self.kinds = nn.Parameter # what is zeroed with the channels
 
     def couple(self):
@@ -274,7 +278,8 @@ class _Search:
             keys = [k for k in self.channels.axes if k[0]==p and k not in self.channels.reader_axes]
             found[n] = ', '.join(self.channels.why(*k) for k in keys) or self.channels.why(p)
             others = [self._other_writer(o) for o in self._numbers_by_writers() if keys and keys[0] in o]
-            if others: found[n] = f'{others[0]} writes its channels too, and is not pruned'
+            if self.heads: found[n] = f'it writes no heads of attention that can be removed ({found[n]})'
+            elif others: found[n] = f'{others[0]} writes its channels too, and is not pruned'
             elif keys and found[n]==in_use: found[n] = 'it is not silent when its filters are zero'
         return found
 
@@ -282,13 +287,14 @@ def find_coupled_layers(
     model, # A model or a `Learner`; it is not changed
     layers:dict[str, nn.Module], # Layers of it that may be pruned
     inputs, # Of the model: a batch, a tensor or a tuple, on the device of the model
-    round_to:int=1 # As for `CoupledLayers`
+    round_to:int=1, # As for `CoupledLayers`
+    heads:bool=False # Whether to find the heads of attention, and no other channels
 )->CoupledLayers:
     """The coupled layers of a model. Raises `ValueError` if the model fails with `inputs`, or if no channel can be \
 pruned."""
     network = unwrap_model(model)
     names = tensor_names(network)
-    search = _Search(network, layers, {n: names[id(m.weight)] for n,m in layers.items()}, as_inputs(inputs))
+    search = _Search(network, {n: names[id(m.weight)] for n,m in layers.items()}, as_inputs(inputs), heads)
     search.couple()
     while len(speaking := search.speaking()):
         if search.kinds is nn.Parameter: search.kinds = torch.Tensor
@@ -298,7 +304,7 @@ pruned."""
     if not search.sets:
         raise ValueError('No channel can be pruned in all layers that write it: '
                          f"{'; '.join(f'{n}: {reason}' for n,reason in not_pruned.items())}. "
-                         "granularity='filter' prunes each layer by itself.")
+                         "Granularity 'filter' or 'row' prunes each layer by itself.")
     filters,tensors = {},[]
     for t in search.coupled_tensors():
         if t.name not in search.layer_of: tensors.append(t)

@@ -38,7 +38,7 @@ together = dict(
     shared_horizontal_slice='group d h', shared_vertical_slice='group d w',
     layer='')
 # Of a weight matrix, a row makes one output and a column reads one input.
-together_linear = dict(weight='out in', row='out', column='in', structured='out', layer='')
+together_linear = dict(weight='out in', row='out', column='in', structured='out', head='out', layer='')
 
 
 def coords(m, i):
@@ -82,7 +82,7 @@ cases = [pytest.param(m, n, id=f'{name}-{n}') for name, m in layers.items() for 
 def test_supports(m): assert {n for n in together if Granularity(n).supports(m)} == set(supported(m))
 
 
-def test_all_named(): assert set(granularities) == {*together, *granularity_aliases}
+def test_all_named(): assert set(granularities) == {*together, *together_linear, *granularity_aliases}
 
 
 def test_alias():
@@ -288,7 +288,7 @@ a_group = "a group of weights, such as 'filter' or 'structured', or a pattern, s
     ('out_features', "'row' with layers=nn.Linear"), ('in_features', "'column' with layers=nn.Linear"),
     ('element', "'weight'"), ('elementwise', "'weight'"), ('fine', "'weight'"), ('fine-grained', "'weight'"),
     ('coarse_grained', a_group), ('ln_structured', a_group), ('semi-structured', "'2:4'"), ('semistructured', "'2:4'"),
-    ('nm', "'2:4'"), ('n:m', "'2:4'"), ('width', "'row', a vector along the width"),
+    ('heads', "'head'"), ('attention_heads', "'head'"), ('nm', "'2:4'"), ('n:m', "'2:4'"), ('width', "'row', a vector along the width"),
     ('height', "'column', a vector along the height"), ('local', "context='local'"), ('layerwise', "context='local'"),
     ('global', "context='global'")])
 def test_hints(word, right):
@@ -296,7 +296,7 @@ def test_hints(word, right):
     with pytest.raises(ValueError, match=f'Did you mean {re.escape(right)}[?] Allowed: weight'): get_granularity(word)
 
 
-@pytest.mark.parametrize('word', ['block', 'head', 'vector', 'slice', 'group', 'pixel', 'tensor'])
+@pytest.mark.parametrize('word', ['block', 'vector', 'slice', 'group', 'pixel', 'tensor'])
 def test_no_hint(word):
     "A word that no granularity here means has no hint"
     with pytest.raises(ValueError, match='^((?!Did you mean).)*$'): get_granularity(word)

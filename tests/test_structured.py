@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings, strategies as st
 from onecycle_prune.callback import SparsifyCallback
 from onecycle_prune.criteria import Variety
 from onecycle_prune.deploy.shrink import shrink
-from onecycle_prune.granularity import Granularity, Structured
+from onecycle_prune.granularity import Granularity, Structured, get_granularity
 from onecycle_prune.sparsifier import Sparsifier
 from onecycle_prune.structured import find_coupled_layers
 from torch import nn
@@ -223,7 +223,7 @@ class TestTraining:
         "A model that cannot be followed: the error says why, and nothing has changed"
         learn, cb = learner(), SparsifyCallback(.6, 'structured', layers='out')
         before = bits(learn.model)
-        with pytest.raises(ValueError, match='out: output of the model.*filter'): learn.fit(1, cbs=cb)
+        with pytest.raises(ValueError, match="out: output of the model.*'filter'"): learn.fit(1, cbs=cb)
         assert_same(bits(learn.model), before)
         assert '_with_events' not in vars(learn) and cb not in learn.cbs
 
@@ -259,6 +259,7 @@ class TestFinding:
     def test_instance(self):
         "`Granularity('structured')` is the same"
         assert Sparsifier(ResidualNet(), Granularity('structured'), inputs=tiny_images()).coupled
+        assert get_granularity(Granularity('head')).couples
 
     def test_no_inputs(self):
         with pytest.raises(ValueError, match='give `inputs`'): Sparsifier(ResidualNet(), 'structured')

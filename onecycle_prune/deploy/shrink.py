@@ -12,7 +12,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/shrink.html.md"""
 __all__ = ['tolerance', 'cut', 'shrink_like', 'shrink', 'shrink_report', 'plot_widths']
 
 # %% ../../nbs/deploy/47_shrink.ipynb #abbd7331
-import json, matplotlib.pyplot as plt, pandas as pd, torch
+import json, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .._utils import atomic_write
 from ..channels import Channels, as_inputs, tensors_in
 from ..layers import copy_model, kind_name, named_tensors, tensor_names, unwrap_model
@@ -52,9 +52,10 @@ def _part(t, kept):
 
 def cut(
     network:nn.Module, # Changed in place
-    kept:dict[str, dict[int, list[int]]] # {name of a parameter or buffer: {axis: indices that stay}}
+    kept:dict[str, dict[int, list[int]]], # {name of a parameter or buffer: {axis: indices that stay}}
+    attributes:dict[str, dict[str, list[int]]]={} # {name of a module: {attribute: [old value, new value]}}
 )->nn.Module: # The network
-    "Cut parameters and buffers, and let the attributes of their modules say the new sizes"
+    "Cut parameters and buffers, and let the attributes of modules say the new sizes"
     tensors = named_tensors(network)
     # What modules share stays shared.
     parts = {id(tensors[n]): _part(tensors[n], o) for n,o in kept.items()}
@@ -65,16 +66,49 @@ def cut(
         if before is not None and id(before) in parts: _correct_sizes(m, before.shape)
         is_plain_norm = isinstance(m, _NormBase) and before is None and m.running_mean is not None
         if is_plain_norm: m.num_features = len(m.running_mean)
+    for name,values in attributes.items():
+        for k,(_,value) in values.items(): setattr(network.get_submodule(name), k, value)
     return network
 
 # %% ../../nbs/deploy/47_shrink.ipynb #926f64a8
-def _merge(record, kept, tensors):
+_head_counts = 'num_heads num_attention_heads n_heads n_head nhead heads'.split()
+_head_widths = 'attn_dim all_head_size inner_dim'.split()
+
+def _head_attributes(network, channels):
+    "The attributes that say how many heads attention has, if heads are removed: as for `cut`"
+    removed,found = channels.reason_of==0,{}
+    for numbers in channels.heads:
+        (n,size),left = numbers.shape,int((~removed[numbers[:, 0]]).sum())
+        values = dict.fromkeys(_head_counts, [n, left]) | dict.fromkeys(_head_widths, [n*size, left*size])
+        for key,o in channels.axes.items():
+            if left==n or key in channels.reader_axes or not np.isin(o, numbers).any(): continue
+            layer = key[0].rpartition('.')[0]
+            for owner in (layer, layer.rpartition('.')[0]):
+                m = network.get_submodule(owner)
+                own = {k: v for k,v in values.items() if getattr(m, k, None)==v[0]}
+                if own: found.setdefault(owner, {}).update(own)
+    return found
+
+def _merge(record, kept, attributes, tensors):
     "Add a further cut to a record; `tensors` are those before this cut"
+    for name,values in attributes.items():
+        old = record.setdefault(name, dict(attributes={}))['attributes']
+        for k,(before,after) in values.items(): old[k] = [old.get(k, [before])[0], after]
     for name,axes in kept.items():
         entry = record.setdefault(name, dict(shape=list(tensors[name].shape), kept={}))
         for axis,indices in axes.items():
             old = entry['kept'].get(str(axis), range(tensors[name].shape[axis]))
             entry['kept'][str(axis)] = [int(old[i]) for i in indices]
+
+def _why_module_wrong(entry, m):
+    "Why the attributes of an entry do not fit a module; empty if they do"
+    if m is None: return 'is not in the model'
+    if not isinstance(entry['attributes'], dict): return 'is no entry of a record'
+    for k,values in entry['attributes'].items():
+        is_valid = k in _head_counts+_head_widths and isinstance(values, list) and all(type(o) is int for o in values)
+        if not is_valid or len(values)!=2: return 'is no entry of a record'
+        if getattr(m, k, None)!=values[0]: return f'has {k} {getattr(m, k, None)}, but the record is for {values[0]}'
+    return ''
 
 def _why_wrong(entry, t):
     "Why an entry of a record does not fit a tensor; empty if it does"
@@ -103,11 +137,15 @@ def shrink_like(
 )->nn.Module: # A copy of the model with the shapes of the small network
     "Cut a network as another one was cut. Raises `ValueError` if the record does not fit the model."
     network,record = unwrap_model(model),_read(record)
-    tensors = named_tensors(network)
-    wrong = {name: reason for name,entry in record.items() if (reason := _why_wrong(entry, tensors.get(name)))}
+    tensors,modules = named_tensors(network),dict(network.named_modules())
+    of_modules = {name: o for name,o in record.items() if isinstance(o, dict) and set(o)=={'attributes'}}
+    reasons = {name: _why_module_wrong(o, modules.get(name)) if name in of_modules else _why_wrong(o, tensors.get(name))
+        for name,o in record.items()}
+    wrong = {name: reason for name,reason in reasons.items() if reason}
     if wrong: raise ValueError(f"The record does not fit the model: {'; '.join(f'{n} {o}' for n,o in wrong.items())}.")
-    kept = {name: {int(axis): o for axis,o in entry['kept'].items()} for name,entry in record.items()}
-    return cut(copy_model(network), kept)
+    kept = {name: {int(axis): o for axis,o in entry['kept'].items()}
+        for name,entry in record.items() if name not in of_modules}
+    return cut(copy_model(network), kept, {name: o['attributes'] for name,o in of_modules.items()})
 
 # %% ../../nbs/deploy/47_shrink.ipynb #88f38788
 tolerance = 1e-4 # The largest difference of an output, relative to its largest number
@@ -141,8 +179,9 @@ def _shrink(network, xs, channels, expected):
     small,record,careful = copy_model(network),{},channels.careful
     works_in_training = not channels.training_error
     while kept := channels.kept():
-        _merge(record, kept, named_tensors(small))
-        _check(cut(small, kept), xs, expected)
+        attributes = _head_attributes(small, channels)
+        _merge(record, kept, attributes, named_tensors(small))
+        _check(cut(small, kept, attributes), xs, expected)
         channels = Channels(small, xs, careful=careful)
         if works_in_training and channels.training_error:
             raise ValueError(f'the smaller network fails in training mode: {channels.training_error}')

@@ -11,7 +11,8 @@ from helpers import assert_same, bits
 kernels = pytest.importorskip('onecycle_prune.select.numba_kernels')
 from onecycle_prune.select.group_backend import GroupBackend  # noqa: E402
 
-of_groups = [o for o in granularities if o not in ('weight', 'unstructured', 'structured', 'depth', 'shared_depth')]
+of_networks = ['structured', 'head']
+of_groups = [o for o in granularities if o not in ('weight', 'unstructured', 'depth', 'shared_depth', *of_networks)]
 
 
 def called(name):
