@@ -116,7 +116,8 @@ def compact(
 
 # %% ../nbs/16_channels.ipynb #eec9b687
 _nan,_filled = float('nan'),'a tensor is filled step by step'
-_most_elements = 2**18 # of a parameter, beyond which its numbers have one label, so that a large network takes no minutes
+# The numbers of a larger parameter have one label, so that a large network takes no minutes.
+_most_elements = 2**18
 _is_input,_by_number = 'input of the model','takes channels by their numbers'
 
 def _place(t): return t.data_ptr(),t.shape,t.stride()
@@ -489,7 +490,9 @@ def _attention(tracer, call, name):
     if not is_usual or any(o.ndim > 2 and o.shape[-3] > 1 for o in masks): return _unknown(tracer, call, name)
     parts = [_apart(tracer, t, (0, 2), name) for t in (queries, keys, values)]
     for labels in parts: tracer.tie(labels, parts[-1].narrow(3, 0, 1))
-    tracer.splits = [(o, axis) for o,axis in tracer.splits if not torch.isin(o, torch.cat([p.flatten() for p in parts])).all()]
+    # What was divided into heads has other ties than parts that stay equal.
+    met = torch.cat([labels.flatten() for labels in parts])
+    tracer.splits = [(o, axis) for o,axis in tracer.splits if not torch.isin(o, met).all()]
     tracer.heads.append(parts[-1].expand(1, *heads, 1, values.shape[3])[0, :, 0])
     is_zero = (tracer.values(values)==0).all(2, keepdim=True).all(0, keepdim=True)
     return [(parts[-1], compact(torch.where(is_zero, 0., _nan).double()))]

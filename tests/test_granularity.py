@@ -79,7 +79,8 @@ cases = [pytest.param(m, n, id=f'{name}-{n}') for name, m in layers.items() for 
 
 
 @pytest.mark.parametrize('m', layers.values(), ids=layers)
-def test_supports(m): assert {n for n in together if Granularity(n).supports(m)} == set(supported(m))
+def test_supports(m):
+    assert {n for n in {*together, *together_linear} if Granularity(n).supports(m)} == set(supported(m))
 
 
 def test_all_named(): assert set(granularities) == {*together, *together_linear, *granularity_aliases}
@@ -288,7 +289,8 @@ a_group = "a group of weights, such as 'filter' or 'structured', or a pattern, s
     ('out_features', "'row' with layers=nn.Linear"), ('in_features', "'column' with layers=nn.Linear"),
     ('element', "'weight'"), ('elementwise', "'weight'"), ('fine', "'weight'"), ('fine-grained', "'weight'"),
     ('coarse_grained', a_group), ('ln_structured', a_group), ('semi-structured', "'2:4'"), ('semistructured', "'2:4'"),
-    ('heads', "'head'"), ('attention_heads', "'head'"), ('nm', "'2:4'"), ('n:m', "'2:4'"), ('width', "'row', a vector along the width"),
+    ('heads', "'head'"), ('attention_heads', "'head'"),
+    ('nm', "'2:4'"), ('n:m', "'2:4'"), ('width', "'row', a vector along the width"),
     ('height', "'column', a vector along the height"), ('local', "context='local'"), ('layerwise', "context='local'"),
     ('global', "context='global'")])
 def test_hints(word, right):

@@ -148,7 +148,7 @@ class TestOthers:
     def test_multihead_attention(self):
         "PyTorch's own attention has heads of the size that its inputs imply"
         net = torchvision.models.VisionTransformer(32, 8, 1, 4, 64, 128, num_classes=5)
-        with pytest.raises(ValueError, match='it writes no heads of attention that can be removed .multi_head_attention_forward'):
+        with pytest.raises(ValueError, match='no heads .* can be removed .multi_head_attention_forward'):
             Sparsifier(net, 'head', inputs=torch.randn(2, 3, 32, 32))
 
     def test_no_attention(self):

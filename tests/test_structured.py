@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings, strategies as st
 from onecycle_prune.callback import SparsifyCallback
 from onecycle_prune.criteria import Variety
 from onecycle_prune.deploy.shrink import shrink
+from onecycle_prune.experiments.networks import resnet18_cifar
 from onecycle_prune.granularity import Granularity, Structured, get_granularity
 from onecycle_prune.sparsifier import Sparsifier
 from onecycle_prune.structured import find_coupled_layers
@@ -348,7 +349,7 @@ class TestSelection:
         "The compiled kernels find the same channels as PyTorch, step by step"
         pytest.importorskip('numba')
         def train(is_compiled):
-            net, x = torchvision.models.resnet18(num_classes=4), torch.randn(2, 3, 32, 32)
+            net, x = resnet18_cifar(4, width=8), torch.randn(2, 3, 16, 16)
             if channels_last: net = net.to(memory_format=torch.channels_last)
             sp = Sparsifier(net, 'structured', context, criteria, inputs=x)
             if not is_compiled: sp._for_kernels = lambda names: {}
@@ -450,8 +451,12 @@ class TestNetworks:
     @pytest.mark.parametrize('name', names)
     def test_torchvision(self, name): check(getattr(torchvision.models, name)(num_classes=10), images())
 
-    @pytest.mark.slow
-    def test_vgg(self): check(torchvision.models.vgg11_bn(num_classes=10), images())
+    def test_flatten(self):
+        "A channel of an image becomes many features"
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+            nn.Linear(8*30*30, 6), nn.ReLU(), nn.Linear(6, 2))
+        _, small = check(net, images())
+        assert small[4].in_features == 5*30*30
 
     def test_googlenet(self): check(torchvision.models.googlenet(num_classes=10, init_weights=False), images())
 
