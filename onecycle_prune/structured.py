@@ -15,7 +15,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/structured.html.md"""
 # %% auto #0
 __all__ = ['index_rows', 'row_means', 'Blocks', 'CoupledTensor', 'CoupledLayers', 'JoinedSets', 'find_coupled_layers']
 
-# %% ../nbs/17_structured.ipynb #d5cff478
+# %% ../nbs/17_structured.ipynb #e921c5a7
 import numpy as np, torch
 from dataclasses import dataclass
 from torch import nn
@@ -23,7 +23,7 @@ from .channels import Channels, as_inputs, in_use, of_weights
 from .layers import copy_model, named_tensors, tensor_names, unwrap_model
 from .select.bits import zero_
 
-# %% ../nbs/17_structured.ipynb #9d139718
+# %% ../nbs/17_structured.ipynb #3ec4afe1
 def index_rows(
     numbers:np.ndarray, # For each place the number of its row, of shape (n,)
     n_rows:int # How many rows there are
@@ -46,7 +46,7 @@ def row_means(
     values,used = (torch.cat([o, o.new_zeros(1)])[rows] for o in (values, used))
     return values.where(used, 0).sum(1) / used.sum(1).clamp_min(1)
 
-# %% ../nbs/17_structured.ipynb #13a95f44
+# %% ../nbs/17_structured.ipynb #fdb610c6
 class Blocks:
     "The channels of a set, in blocks of `size` channels with neighbouring scores"
     def __init__(self,
@@ -78,7 +78,7 @@ class Blocks:
         "Prune the channels of pruned blocks"
         self.channels[self.order] = self.pruned[self.block_of]
 
-# %% ../nbs/17_structured.ipynb #31c15749
+# %% ../nbs/17_structured.ipynb #92fb393e
 @dataclass
 class CoupledTensor:
     "A parameter or buffer with numbers for channels, such as a bias, or the weight of a norm"
@@ -158,7 +158,7 @@ class CoupledLayers:
             if tensors is None: t.zero(self.pruned)
             elif t.name in tensors: t.zero(self.pruned, tensors[t.name])
 
-# %% ../nbs/17_structured.ipynb #a5269fd8
+# %% ../nbs/17_structured.ipynb #1768aeb7
 class JoinedSets:
     "The channels of some sets of layers, which compete in one `Problem`"
     def __init__(self,
@@ -203,7 +203,7 @@ class JoinedSets:
         for o in self.blocks: o.spread()
         for n,p in zip(self.layers, pruned): p.copy_(self.coupled.pruned[self.coupled.filters[n]].view_as(p))
 
-# %% ../nbs/17_structured.ipynb #ae0f0c41
+# %% ../nbs/17_structured.ipynb #ece10129
 class _Search:
     "The search for coupled layers, among those that `parameter_names` has"
     def __init__(self, network, parameter_names, args, heads):

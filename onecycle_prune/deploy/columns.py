@@ -9,23 +9,23 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/columns.html.md"""
 # %% auto #0
 __all__ = ['unread_inputs', 'unread_columns', 'drop_columns']
 
-# %% ../../nbs/deploy/48_columns.ipynb #ebf7cbee
+# %% ../../nbs/deploy/48_columns.ipynb #ce7476cc
 import numpy as np, torch
 from ..channels import Channels, as_inputs
 from .shrink import cut, shrink
 from torch import nn
 
-# %% ../../nbs/deploy/48_columns.ipynb #87d16127
+# %% ../../nbs/deploy/48_columns.ipynb #890c4075
 def unread_inputs(
     model, # A model or a `Learner`; it is not changed
     x # A batch of inputs, a tensor or a tuple of tensors, on the device of the model
 )->list[list[int]]: # For each tensor, indices along axis 1
-    """The inputs that have no effect on the outputs, whatever their values: channels of images, columns of tables. \\
+    """The inputs that have no effect on the outputs, whatever their values: channels of images, columns of tables. \
 Raises `ValueError` as `shrink` does."""
     # An input that only dead channels read has no effect either.
     return Channels(shrink(model, x), as_inputs(x)).unread
 
-# %% ../../nbs/deploy/48_columns.ipynb #4f2a54b7
+# %% ../../nbs/deploy/48_columns.ipynb #81825cd8
 def _inputs(learn):
     "A small batch for the model of a tabular learner, on its device"
     if not any(cls.__name__=='TabularModel' for cls in type(learn.model).__mro__): # without an import of fastai
@@ -45,7 +45,7 @@ def unread_columns(
 def drop_columns(
     learn # A tabular learner; it is not changed
 )->tuple[nn.Module, list[str], list[str]]: # The network without them; the categorical and continuous names that stay
-    """Remove the columns that have no effect from the network of a tabular learner. Raises `ValueError` if the model \\
+    """Remove the columns that have no effect from the network of a tabular learner. Raises `ValueError` if the model \
 is no `TabularModel` of fastai, or if no column would remain."""
     with torch.random.fork_rng(): xs = _inputs(learn)
     cats,conts = unread_inputs(learn.model, xs)

@@ -18,7 +18,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/widths.html.md
 __all__ = ['WidthRun', 'narrow_width', 'train_width', 'width_runs', 'width_table', 'compare_widths', 'time_widths',
            'bench_widths']
 
-# %% ../../nbs/experiments/50_widths.ipynb #6ca735a0
+# %% ../../nbs/experiments/50_widths.ipynb #162964b4
 from .common import env_info, parse_list, timed_fit # before fastai
 import math, sys
 from functools import partial
@@ -37,7 +37,7 @@ from .networks import count_params_and_macs, get_arch, resnet18_cifar
 from .records import append_record, read_records
 from ..sparsifier import Sparsifier
 
-# %% ../../nbs/experiments/50_widths.ipynb #9ac78159
+# %% ../../nbs/experiments/50_widths.ipynb #7dd553df
 @dataclass(frozen=True)
 class WidthRun:
     "The settings of one training of a `resnet18_cifar`"
@@ -61,7 +61,7 @@ class WidthRun:
         "The fraction of the channels: each layer then keeps the square of what is kept"
         return 1 - math.sqrt(1 - self.removed)
 
-# %% ../../nbs/experiments/50_widths.ipynb #6dde740f
+# %% ../../nbs/experiments/50_widths.ipynb #dd0a9fd6
 def narrow_width(
     width:int, # Channels of the first stage of the wide network
     removed:float, # Share of its multiply-adds to remove
@@ -72,7 +72,7 @@ def narrow_width(
     wanted = (1-removed)*_macs(width)
     return min(range(1, width+1), key=lambda w: abs(_macs(w) - wanted))
 
-# %% ../../nbs/experiments/50_widths.ipynb #0fd647c6
+# %% ../../nbs/experiments/50_widths.ipynb #a3ab4470
 def _callback(run):
     "The callback that prunes, or None"
     if run.method=='structured': return SparsifyCallback(run.sparsity, 'structured', run.context)
@@ -100,7 +100,7 @@ def train_width(
     parameters,multiply_adds = count_params_and_macs(learn.model, size)
     return result | dict(parameters=parameters, multiply_adds=multiply_adds)
 
-# %% ../../nbs/experiments/50_widths.ipynb #6dc87ddc
+# %% ../../nbs/experiments/50_widths.ipynb #d797a2a0
 def width_runs(
     methods:list[str], # As in `WidthRun`
     removed:list[float], # As in `WidthRun`
@@ -159,7 +159,7 @@ def compare_widths(
     records = [r for r in read_records(out) if tuple(r[n] for n in asdict(runs[0])) in names]
     print(width_table(records).round(3).to_string())
 
-# %% ../../nbs/experiments/50_widths.ipynb #cbd08169
+# %% ../../nbs/experiments/50_widths.ipynb #b4381e81
 @torch.no_grad()
 def time_widths(
     arch:str, # A name for `get_arch`
