@@ -22,6 +22,12 @@ demo: $(DEMO)  ## prune a network on a small data set: make demo ARGS='--help'
 compare: $(DEMO)  ## repeat the paper's experiment: make compare ARGS='--dry-run'
 	@$(BIN)/ocp-compare $(ARGS)
 
+compare-widths: $(BENCH)  ## train narrow networks in three ways, at equal multiply-adds
+	@$(BIN)/ocp-compare-widths $(ARGS)
+
+bench-widths: $(DEMO)  ## time networks before and after structured pruning and its cut
+	@$(BIN)/ocp-bench-widths $(ARGS)
+
 bench: $(BENCH)  ## measure what pruning adds to a training step, for this package and fasterai
 	@$(BIN)/ocp-bench $(ARGS)
 
@@ -84,4 +90,4 @@ $(DEV): $(DEMO)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo compare bench reliability example test prepare docs outputs clean
+.PHONY: help install demo compare compare-widths bench-widths bench bench-check reliability example test prepare docs outputs clean
