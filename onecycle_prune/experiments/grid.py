@@ -104,11 +104,11 @@ def _commit():
 # %% ../../nbs/experiments/33_grid.ipynb #2d292008
 def make_record(
     run, # The training to do, a `Run` or another dataclass of settings
-    train=train # Does a training: a function of `run` to a dict of results
+    do=None # Does the training: a function of `run` to a dict of results; by default `train`
 )->dict: # The settings; state, 'done' or 'failed'; the result or the error; versions and device
     "Train, and describe the training and its result; an exception of the training becomes a part of the record"
     made_with = dict(version=onecycle_prune.__version__, commit=_commit())
-    try: result = dict(state='done') | train(run)
+    try: result = dict(state='done') | (do or train)(run)
     except Exception as e: result = dict(state='failed', error=f'{type(e).__name__}: {e}')
     return asdict(run) | result | env_info(default_device()) | made_with
 
