@@ -250,14 +250,14 @@ class _Search:
         return [CoupledTensor(self.tensors[p], p, axis, torch.from_numpy(self.channel_of[self.channels.axes[p, axis]]))
                 for p,axis in self.keys if isinstance(self.tensors[p], self.kinds)]
 
-    def speaking(self):
+    def nonzero(self):
         "Numbers of coupled channels that are used although they are zero, in a copy of the model"
         ends = np.cumsum([0, *self.sizes.values()])
         # One channel of each set stays, so that its readers still read: the first one, and then another one.
-        found = self._speaking(ends)
-        return found if not len(found) else np.union1d(found, self._speaking(ends[1:]-1))
+        found = self._nonzero(ends)
+        return found if not len(found) else np.union1d(found, self._nonzero(ends[1:]-1))
 
-    def _speaking(self, staying):
+    def _nonzero(self, staying):
         silenced = copy_model(self.network)
         tensors,pruned = named_tensors(silenced),torch.ones(sum(self.sizes.values())+1, dtype=torch.bool)
         pruned[staying],pruned[-1] = False,False
@@ -296,9 +296,9 @@ pruned."""
     names = tensor_names(network)
     search = _Search(network, {n: names[id(m.weight)] for n,m in layers.items()}, as_inputs(inputs), heads)
     search.couple()
-    while len(speaking := search.speaking()):
+    while len(nonzero := search.nonzero()):
         if search.kinds is nn.Parameter: search.kinds = torch.Tensor
-        else: search.is_free[speaking] = False
+        else: search.is_free[nonzero] = False
         search.couple()
     not_pruned = search.not_pruned()
     if not search.sets:

@@ -289,7 +289,7 @@ class TestFinding:
     @pytest.mark.parametrize('between', [nn.Sigmoid(), nn.Softplus(), nn.LocalResponseNorm(3), nn.GroupNorm(2, 6)],
         ids=lambda o: type(o).__name__)
     def test_not_silent(self, between):
-        "Channels that would speak without their filters, or that a norm mixes, are not pruned"
+        "Channels that would not be zero without their filters, or that a norm mixes, are not pruned"
         net = nn.Sequential(nn.Conv2d(3, 6, 3), between, nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3))
         sp = Sparsifier(net, 'structured', inputs=torch.randn(4, 3, 8, 8))
         assert list(sp.coupled.sets) == ['2'] and sp.coupled.not_pruned['0']
