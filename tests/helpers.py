@@ -5,8 +5,11 @@ from pathlib import Path
 
 import torch
 from fastai.basics import Callback
+from fastai.callback.all import SaveModelCallback
 from onecycle_prune.callback import SparsifyCallback
 from torch import nn
+
+from networks import n_batches
 
 # For tensors or dicts of them, bit for bit.
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
@@ -15,6 +18,18 @@ assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True
 def bits(model):
     "A copy of everything in the `state_dict`"
     return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_resumes(make, starts=(1, 3), **kwargs):
+    "A training of four epochs with `SparsifyCallback(**kwargs)` continues from a checkpoint as without an interruption"
+    whole, save = make(), SaveModelCallback(every_epoch=True, with_opt=True)
+    whole.fit_one_cycle(4, 1e-2, cbs=[SparsifyCallback(**kwargs), save])
+    for start in starts:
+        resumed = make().load(f'model_{start-1}', with_opt=True, weights_only=False)
+        resumed.fit_one_cycle(4, 1e-2, start_epoch=start, cbs=SparsifyCallback(**kwargs))
+        assert_same(bits(resumed.model), bits(whole.model))
+        assert resumed.recorder.sparsities == whole.recorder.sparsities[start*n_batches:]
+    return whole
 
 
 def zeros(m):

@@ -1,12 +1,13 @@
 "A training that starts from an ordinary checkpoint continues bit for bit."
+from functools import partial
+
 import pytest
 from fastai.basics import Callback
-from fastai.callback.all import SaveModelCallback
 from onecycle_prune.callback import SparsifyCallback
 from torch import nn
 
-from helpers import assert_same, bits
-from networks import adam, momentum_sgd, n_batches
+from helpers import assert_resumes, assert_same
+from networks import adam, momentum_sgd
 
 ways_to_prune = [
     {}, dict(context='global'), dict(granularity='filter'), dict(granularity='2:4', sparsity=.5),
@@ -18,15 +19,7 @@ ways_to_prune = [
 @pytest.mark.parametrize('opt_func', [momentum_sgd, adam], ids=['sgd', 'adam'])
 def test_resume(new_learner, kwargs, opt_func):
     "Weights, batch norms and sparsities are those of the training without an interruption"
-    kwargs = dict(sparsity=.9) | kwargs
-    whole = new_learner(opt_func=opt_func)
-    save = SaveModelCallback(every_epoch=True, with_opt=True)
-    whole.fit_one_cycle(4, 1e-2, cbs=[SparsifyCallback(**kwargs), save])
-    for start in (1, 3):
-        resumed = new_learner(opt_func=opt_func).load(f'model_{start-1}', with_opt=True, weights_only=False)
-        resumed.fit_one_cycle(4, 1e-2, start_epoch=start, cbs=SparsifyCallback(**kwargs))
-        assert_same(bits(resumed.model), bits(whole.model))
-        assert resumed.recorder.sparsities == whole.recorder.sparsities[start*n_batches:]
+    assert_resumes(partial(new_learner, opt_func=opt_func), **dict(sparsity=.9) | kwargs)
 
 
 def test_resume_masks(new_learner):

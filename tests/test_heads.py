@@ -2,7 +2,6 @@
 import json
 
 import pytest, torch, torchvision
-from fastai.callback.all import SaveModelCallback
 from onecycle_prune.callback import SparsifyCallback
 from onecycle_prune.channels import Channels
 from onecycle_prune.deploy.shrink import shrink, shrink_like
@@ -11,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from channel_networks import assert_equal_outputs
-from helpers import Probe, assert_same, bits
+from helpers import Probe, assert_resumes, assert_same
 from networks import tiny_images
 from reference import expected_sparsities
 
@@ -127,11 +126,8 @@ class TestTraining:
         learn.fit(1, 1e-2)
 
     def test_resume(self, learner):
-        whole, save = learner(), SaveModelCallback(every_epoch=True, with_opt=True)
-        whole.fit_one_cycle(3, 1e-2, cbs=[SparsifyCallback(.5, 'head'), save])
-        resumed = learner().load('model_1', with_opt=True, weights_only=False)
-        resumed.fit_one_cycle(3, 1e-2, start_epoch=2, cbs=SparsifyCallback(.5, 'head'))
-        assert_same(bits(resumed.model), bits(whole.model))
+        whole = assert_resumes(learner, starts=[2], sparsity=.5, granularity='head')
+        assert n_zero_heads(whole.model) == [2, 2]
 
     def test_with_channels(self, learner):
         "One callback for heads, another for the hidden units of the perceptrons"

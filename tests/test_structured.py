@@ -1,9 +1,10 @@
 "Structured pruning: channels of coupled layers are pruned together, exactly as many as asked, and can be removed"
 import copy, random
+from functools import partial
 
 import numpy as np, pytest, torch, torchvision
 from fastai.basics import Callback, set_seed
-from fastai.callback.all import SaveModelCallback, SchedLin
+from fastai.callback.all import SchedLin
 from fastai.tabular.model import TabularModel
 from fastai.vision.all import DynamicUnet, create_body, create_head, resnet18
 from hypothesis import assume, given, settings, strategies as st
@@ -19,8 +20,8 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 from channel_networks import RandomNet, assert_equal_outputs, images, randomize
-from helpers import Probe, assert_same, bits
-from networks import adam, momentum_sgd, n_batches, tiny_images
+from helpers import Probe, assert_resumes, assert_same, bits
+from networks import adam, momentum_sgd, tiny_images
 from reference import expected_sparsities
 
 
@@ -90,6 +91,7 @@ class TestTraining:
         learn.fit_one_cycle(3, 1e-2, cbs=[SparsifyCallback(.6, 'structured'), probe])
         for before, after in zip(probe.seen, probe.seen[1:]):
             assert all((before[n] <= after[n]).all() for n in parts)
+        assert n_silent(learn.model) == {n: round(.6*size) for n, size in sizes.items()}
 
     def test_shrink(self, learner):
         "All pruned channels can be removed, and the outputs are the same"
@@ -113,13 +115,7 @@ class TestTraining:
     def test_resume(self, learner, kwargs, opt_func):
         "From an ordinary checkpoint, bit for bit"
         kwargs = dict(sparsity=.7, granularity='structured') | kwargs
-        whole, save = learner(opt_func=opt_func), SaveModelCallback(every_epoch=True, with_opt=True)
-        whole.fit_one_cycle(4, 1e-2, cbs=[SparsifyCallback(**kwargs), save])
-        for start in (1, 3):
-            resumed = learner(opt_func=opt_func).load(f'model_{start-1}', with_opt=True, weights_only=False)
-            resumed.fit_one_cycle(4, 1e-2, start_epoch=start, cbs=SparsifyCallback(**kwargs))
-            assert_same(bits(resumed.model), bits(whole.model))
-            assert resumed.recorder.sparsities == whole.recorder.sparsities[start*n_batches:]
+        assert_resumes(partial(learner, opt_func=opt_func), **kwargs)
 
     def test_same_training(self, learner):
         "With a sparsity of 0, weights, statistics, data and random numbers are those of a training without pruning"
@@ -140,6 +136,7 @@ class TestTraining:
         before, keys = anatomy(learn.model), list(learn.model.state_dict())
         learn.fit(2, 1e-2, cbs=[SparsifyCallback(.5, 'structured'), probe])
         assert all(o == before for o in probe.seen) and list(learn.model.state_dict()) == keys
+        assert n_silent(learn.model) == {'stem': 4, 'first': 6, 'hidden': 5}
 
     def test_frozen(self, learner):
         "A set of which a layer is frozen is pruned when all of it is trained"
@@ -210,6 +207,7 @@ class TestTraining:
         other = ResidualNet()
         sparsifier.apply(other)
         assert_same(silent(other), silent(learn.model))
+        assert n_silent(other) == {'stem': 4, 'first': 6, 'hidden': 5}
 
     def test_interrupted(self, learner):
         "A training that an error ends leaves exactly the channels of the masks zero, and the learner as it was"

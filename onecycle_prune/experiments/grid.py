@@ -174,9 +174,12 @@ def _print_remaining(runs, records):
     print('1 training remains' if len(runs)==1 else f'{len(runs)} trainings remain')
 
 # %% ../../nbs/experiments/33_grid.ipynb #a599e830
-def _records_of(runs, records):
+def records_of(
+    runs:list, # As for `remaining`, not empty
+    records:list[dict] # As `read_records` returns them
+)->list[dict]:
     "The records of `runs`"
-    names,wanted = [f.name for f in fields(Run)],{astuple(run) for run in runs}
+    names,wanted = [f.name for f in fields(runs[0])],{astuple(run) for run in runs}
     return [r for r in records if tuple(r[n] for n in names) in wanted]
 
 def _blocks(df):
@@ -189,7 +192,7 @@ def _blocks(df):
 
 def _print_accuracies(runs, records):
     "Print the accuracies of the finished trainings among `runs`"
-    df = finished_runs(_records_of(runs, records))
+    df = finished_runs(records_of(runs, records))
     if df.empty: return print('No training has finished, so there are no accuracies to show.\n')
     print('Accuracy in per cent: mean ± standard deviation over the seeds, the best in **\n')
     for heading,block in _blocks(df):

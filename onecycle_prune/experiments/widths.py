@@ -24,7 +24,7 @@ import math, sys
 from functools import partial
 from fastai.vision.all import *
 from fastcore.script import call_parse
-from dataclasses import asdict, astuple, dataclass # after fastai, which has others
+from dataclasses import dataclass
 from .._utils import atomic_write
 from ..callback import SparsifyCallback
 from ..deploy.costs import multiply_adds
@@ -32,7 +32,7 @@ from ..deploy.shrink import shrink
 from ..deploy.speed_up import median_and_spread, time_in_turn
 from .analysis import finished_runs
 from .data import get_dls, get_source
-from .grid import ValidateLast, make_record, remaining
+from .grid import ValidateLast, make_record, records_of, remaining
 from .networks import count_params_and_macs, get_arch, resnet18_cifar
 from .records import append_record, read_records
 from ..sparsifier import Sparsifier
@@ -155,9 +155,7 @@ def compare_widths(
     for run in remaining(runs, read_records(out)):
         print(run, flush=True)
         append_record(out, make_record(run, train_width))
-    names = {astuple(run) for run in runs}
-    records = [r for r in read_records(out) if tuple(r[n] for n in asdict(runs[0])) in names]
-    print(width_table(records).round(3).to_string())
+    print(width_table(records_of(runs, read_records(out))).round(3).to_string())
 
 # %% ../../nbs/experiments/50_widths.ipynb #b4381e81
 @torch.no_grad()
