@@ -6,6 +6,7 @@
 - `onecycle_prune.checkpoint`: What a checkpoint does not hold
 - `onecycle_prune.checks`: Checks of the scores, without waiting for the device
 - `onecycle_prune.criteria`: A score for each weight: how important it is
+- `onecycle_prune.deploy.attention`: PyTorch's attention with fewer heads
 - `onecycle_prune.deploy.columns`: Inputs that a pruned network does not read any more
 - `onecycle_prune.deploy.compress`: Files as small as the weights that are left
 - `onecycle_prune.deploy.costs`: What a network costs: parameters, bytes, multiplications and milliseconds

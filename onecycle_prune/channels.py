@@ -150,6 +150,7 @@ class Tracer:
         self.splits = [] # (labels of channels that a call divides into two axes, the first of these)
         self.heads = [] # labels of the values of attention, of shape (heads, numbers of a head)
         self.looked_up = [] # (labels of numbers, labels of what an embedding gives for them)
+        self.used = set() # ids of the tensors that a call takes, or that the model returns
         self.states = {} # {id of a tensor: (its labels, its known values), both compact}
         # For tensors that are made without a recorded call: {where a tensor lies: its state}, {its storage: its labels}
         self.memory,self.storages = {},{}
@@ -202,6 +203,7 @@ class Tracer:
         self.states.clear()
         self.memory.clear()
         self.storages.clear()
+        self.used = {id(t) for taken in (*(call.tensors for call in calls), outputs) for t in taken}
         for call in calls:
             for t,*origin in zip(call.tensors, call.makers, call.data): self._start(t, *origin)
             if any(id(t) in self.states or id(t) in self.names for t in call.tensors): self._step(call)
@@ -557,6 +559,43 @@ def _embedding(tracer, call, name):
     shape = [1]*(call.result.ndim-1) + [-1]
     is_zero = (tracer.values(weight)==0).expand(weight.shape).all(0)
     return [(tracer.of_axis(weight, 1).view(shape), torch.where(is_zero, 0., _nan).double().view(shape))]
+
+# %% ../nbs/16_channels.ipynb #2c67d672
+_multi_head_projections = 'in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight'
+
+def _has_free_heads(tracer, call):
+    "Whether nothing but the projections depends on the number of heads"
+    if tracer.careful or call.argument('add_zero_attn'): return False
+    if any(call.argument(k) is not None for k in ('bias_k', 'bias_v', 'static_k', 'static_v')): return False
+    mask = call.argument('attn_mask')
+    # A mask may differ between heads, and the weights of attention are means over all heads.
+    return (mask is None or mask.ndim < 3) and not any(id(t) in tracer.used for t in tensors_in(call.result)[1:])
+
+@step_of(['multi_head_attention_forward'])
+def _multi_head_attention(tracer, call, name):
+    "PyTorch's attention: its width is fixed, and a head is removed as a whole"
+    if not _has_free_heads(tracer, call): return _unknown(tracer, call, name)
+    bias,last,last_bias = (call.argument(k) for k in ('in_proj_bias', 'out_proj_weight', 'out_proj_bias'))
+    projections = [w for w in map(call.argument, _multi_head_projections) if w is not None]
+    heads = torch.cat([tracer.of_axis(w, 0) for w in projections]).view(3, call.argument('num_heads'), -1)
+    columns = tracer.of_axis(last, 1)
+    for labels in (heads, columns.view(heads.shape[1:])): tracer.tie(labels, heads[-1, :, :1])
+    if bias is not None: tracer.tie(heads, tracer.labels(bias).view(heads.shape))
+    tracer.readers.add((tracer.names.get(id(last)), 1))
+    tracer.needed.append(columns[_read_values(projections[-1], bias, last)])
+    tracer.heads.append(heads[-1])
+    outs = tracer.of_axis(last, 0)
+    if last_bias is not None: tracer.tie(outs, tracer.labels(last_bias))
+    inputs = [tracer.labels(call.argument(k)).flatten() for k in ('query', 'key', 'value')]
+    tracer.fix(torch.cat([outs, *inputs]), f'{name} has a fixed width')
+    return [(outs.view(*[1]*(call.tensors[0].ndim-1), -1), _unknown_values(call.tensors[0]))]
+
+def _read_values(weight, bias, last):
+    "Which numbers of the values of attention are not always zero, and are read by the last projection"
+    n = last.shape[1] # the values come last in the weight
+    is_live = (weight.detach()[-n:]!=0).any(1)
+    if bias is not None: is_live |= bias.detach()[-n:]!=0
+    return (is_live & (last.detach()!=0).any(0)).cpu()
 
 # %% ../nbs/16_channels.ipynb #715aa909
 in_use,last_one = 'in use','the last one'

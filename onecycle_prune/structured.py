@@ -214,7 +214,8 @@ class _Search:
         #: For each number of coupled channels, whether it can be pruned
         self.is_free = self.channels.has_reason(*of_weights)
         in_heads = np.unique(np.concatenate([np.empty(0, int), *(o.flatten() for o in self.channels.heads)]))
-        self.is_free &= np.isin(np.arange(self.channels.n_coupled), in_heads)==heads
+        self.is_head = np.isin(np.arange(self.channels.n_coupled), in_heads)
+        self.is_free &= self.is_head==heads
         self.kinds = nn.Parameter # what is zeroed with the channels
 
     def couple(self):
@@ -279,6 +280,8 @@ class _Search:
             found[n] = ', '.join(self.channels.why(*k) for k in keys) or self.channels.why(p)
             others = [self._other_writer(o) for o in self._numbers_by_writers() if keys and keys[0] in o]
             if self.heads: found[n] = f'it writes no heads of attention that can be removed ({found[n]})'
+            elif any(self.is_head[self.channels.axes[k]].any() for k in keys):
+                found[n] = "it writes heads of attention, which granularity 'head' prunes"
             elif others: found[n] = f'{others[0]} writes its channels too, and is not pruned'
             elif keys and found[n]==in_use: found[n] = 'it is not silent when its filters are zero'
         return found

@@ -136,8 +136,9 @@ class TestReasons:
     def test_attention(self):
         found = channels(lambda m, x: m.last(m.b(*[m.a(x)]*3)[0]), torch.randn(5, 2, 4), a=nn.Linear(4, 8),
             b=nn.MultiheadAttention(8, 2), last=nn.Linear(8, 2))
-        reason = 'multi_head_attention_forward may mix channels'
-        assert found.why('a.weight') == found.why('b.in_proj_weight') == found.why('b.out_proj.weight') == reason
+        reason = 'multi_head_attention_forward has a fixed width'
+        assert found.why('a.weight') == found.why('b.out_proj.weight') == reason
+        assert found.why('b.in_proj_weight') == 'in use'
 
     def test_not_used(self):
         found = channels(lambda m, x: m.last(x), **lines(a=(4, 3), last=(4, 2)))

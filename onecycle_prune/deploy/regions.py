@@ -16,6 +16,7 @@ from collections import OrderedDict
 from fastcore.basics import ifnone
 from inspect import signature
 from math import inf
+from .attention import NarrowAttention
 from .kernels import tile_side, width
 from onecycle_prune.deploy.plan import (Activate, Add, Affine, Concat, Conv, Input, Multiply, Normalize, Output,
     Plan, Pool)
@@ -502,19 +503,19 @@ def layer_region(
     return Region([source, layer, Output('out', [layer], channels_last=kind=='rows')], kind, [rank], m)
 
 class _SelfAttention(nn.Module):
-    "The `forward` of a `nn.MultiheadAttention` whose projections skip their zeros"
+    "The `forward` of a `nn.MultiheadAttention` or a `NarrowAttention` whose projections skip their zeros"
     def __init__(self, m, name):
         super().__init__()
         self.__dict__['m'] = m # not a part of the network
-        project = nn.Linear(m.embed_dim, 3*m.embed_dim, device='meta')
+        project = nn.Linear(m.embed_dim, len(m.in_proj_weight), device='meta')
         project.weight, project.bias = m.in_proj_weight, m.in_proj_bias
         self.project_in = layer_region(project, f'{name}.in_proj')
         self.project_out = layer_region(m.out_proj, f'{name}.out_proj')
 
     @staticmethod
     def supports(m):
-        plain = type(m).forward is nn.MultiheadAttention.forward and not _has_hooks(m)
-        return plain and m._qkv_same_embed_dim and m.batch_first and m.bias_k is None and not m.add_zero_attn
+        is_plain = type(m).forward in (nn.MultiheadAttention.forward, NarrowAttention.forward) and not _has_hooks(m)
+        return is_plain and m.in_proj_weight is not None and m.batch_first and m.bias_k is None and not m.add_zero_attn
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, **kwargs):
         masks = [o for o in (key_padding_mask, attn_mask) if o is not None]
