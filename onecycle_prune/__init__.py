@@ -16,6 +16,7 @@
 - `onecycle_prune.deploy.shrink`: A smaller network: channels that are always zero are really removed
 - `onecycle_prune.deploy.speed_up`: A network that skips its zeros, for inference on a CPU
 - `onecycle_prune.deploy.workers`: Several threads at once, for kernels that release Python's lock
+- `onecycle_prune.distributions`: How a budget is divided over the layers that share it
 - `onecycle_prune.experiments.analysis`: The results of a grid of trainings: tables, differences with confidence intervals, and plots
 - `onecycle_prune.experiments.bench`: The cost of pruning: the time it adds to a training step, for this package and for fasterai
 - `onecycle_prune.experiments.bench_inference`: How fast a pruned network is on a CPU: PyTorch, ONNX Runtime, OpenVINO and `speed_up`
@@ -23,6 +24,7 @@
 - `onecycle_prune.experiments.deployed`: What a trained network gains when it is used: dense, pruned, compressed, sped up
 - `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued
 - `onecycle_prune.experiments.widths`: What a narrower network costs, and three ways to train one
+- `onecycle_prune.finder`: How much can go, and where: one call before a training
 - `onecycle_prune.granularity`: Which weights are pruned together: single weights, or groups of them
 - `onecycle_prune.guard`: Keep the model pruned, whatever happens in a fit
 - `onecycle_prune.layers`: Which layers are pruned, and what their tensors are called
@@ -34,6 +36,7 @@
 - `onecycle_prune.select.bits`: The bits of a weight as an integer, zeros written in place, and memory layouts
 - `onecycle_prune.select.core`: The one public function of selection: the exact k lowest of each pool
 - `onecycle_prune.select.group_backend`: Pruning groups of weights on a CPU: scores, means and zeroing in one pass over the weights
+- `onecycle_prune.select.histogram`: How the scores of a layer are distributed
 - `onecycle_prune.select.numba_backend`: Fused pruning on a CPU: scores, selection and zeroing in one pass over the weights
 - `onecycle_prune.select.numba_kernels`: The loops over the weights that numba compiles, for one thread or several
 - `onecycle_prune.select.numpy_backend`: The same choice on a CPU, without a sort of the whole pool

@@ -8,6 +8,8 @@ from .deploy.compress import compress
 from .deploy.costs import costs, plot_costs
 from .deploy.shrink import plot_widths, shrink, shrink_like, shrink_report
 from .deploy.speed_up import speed_up
+from .distributions import ByCost
+from .finder import FoundSparsity
 from .granularity import Structured, granularities
 from .report import plot_layers, sparsity_report
 from .schedule import (SchedAGP, SchedDSD, SchedIterative, SchedOneCycle, SchedOneShot, Schedule, agp, dsd,
@@ -16,11 +18,12 @@ from .schedule import (SchedAGP, SchedDSD, SchedIterative, SchedOneCycle, SchedO
 from .sparsifier import Sparsifier
 
 # `cos`, `lin`, `conv`, `linear` and `random` stay in their modules, because scripts use these names for other things.
-__all__ = ['Criteria', 'SchedAGP', 'SchedDSD', 'SchedIterative', 'SchedOneCycle', 'SchedOneShot', 'Schedule',
-    'Sparsifier', 'SparsifyCallback', 'Structured', 'Variety', 'agp', 'compress', 'costs', 'criteria',
-    'drop_columns', 'dsd', 'estimate_batchnorms', 'get_criteria', 'get_schedule', 'granularities',
-    'iterative', 'large_final', 'large_init', 'large_init_large_final', 'magnitude_increase', 'movement',
-    'needs_gradient', 'one_cycle', 'one_shot', 'plot_costs', 'plot_layers', 'plot_schedules',
-    'plot_widths', 'sched_agp', 'sched_dsd', 'sched_iterative', 'sched_onecycle', 'sched_oneshot',
-    'schedules', 'shrink', 'shrink_like', 'shrink_report', 'small_final', 'sparsity_report', 'speed_up',
-    'taylor', 'unread_columns', 'unread_inputs', 'updating_movement']
+__all__ = ['ByCost', 'Criteria', 'FoundSparsity', 'SchedAGP', 'SchedDSD', 'SchedIterative', 'SchedOneCycle',
+    'SchedOneShot', 'Schedule', 'Sparsifier', 'SparsifyCallback', 'Structured', 'Variety', 'agp',
+    'compress', 'costs', 'criteria', 'drop_columns', 'dsd', 'estimate_batchnorms', 'get_criteria',
+    'get_schedule', 'granularities', 'iterative', 'large_final', 'large_init',
+    'large_init_large_final', 'magnitude_increase', 'movement', 'needs_gradient', 'one_cycle',
+    'one_shot', 'plot_costs', 'plot_layers', 'plot_schedules', 'plot_widths', 'sched_agp',
+    'sched_dsd', 'sched_iterative', 'sched_onecycle', 'sched_oneshot', 'schedules', 'shrink',
+    'shrink_like', 'shrink_report', 'small_final', 'sparsity_report', 'speed_up', 'taylor',
+    'unread_columns', 'unread_inputs', 'updating_movement']

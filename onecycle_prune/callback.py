@@ -22,6 +22,7 @@ from ._utils import explain_arguments
 from .batchnorm import LatestBatches, check_n_batches
 from .checkpoint import load_memory, save_memory, weights_hash
 from .criteria import get_criteria
+from .distributions import needs_inputs
 from .granularity import get_granularity
 from .guard import KeepPruned, Override, restore_methods
 from .layers import check_layers, describe_layers
@@ -51,8 +52,9 @@ class SparsifyCallback(Callback):
         sparsity:float|dict|None=None,
         # Weights that are pruned together: a name in `granularities`, or a pattern such as '2:4'
         granularity:str='weight',
-        # Groups compete in each layer ('local'), or across layers ('global', the default for weights and whole layers)
-        context:str|None=None,
+        # Groups compete in each layer ('local') or across layers ('global', the default for weights and whole layers),
+        # or layers share a budget: 'erk', 'lamp', 'multiply_adds' or a `ByCost`
+        context=None,
         # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores
         criteria='large_final',
         # When: a name in `schedules`, or a function of position to progress, both in [0, 1], such as `SchedCos(0, 1)`
@@ -167,7 +169,8 @@ class SparsifyCallback(Callback):
         self.start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         self.pos = self.start/self.n_epoch
         self.keeper = KeepPruned(None, self._end)
-        if not get_granularity(self.granularity).couples: self._build()
+        granularity = get_granularity(self.granularity)
+        if not granularity.couples and not needs_inputs(get_context(self.context, granularity)): self._build()
         self.learn.add_cb(self.keeper)
         if not hasattr(self.learn, 'pruned_before'): self.learn.add_cb(PrunedBefore)
         Override(self, '_with_events', self._guard)

@@ -12,19 +12,23 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/sparsifier.html.md"""
 __all__ = ['argument_hints', 'initial_mask', 'remember_start', 'held_weakly', 'Sparsifier']
 
 # %% ../nbs/08_sparsifier.ipynb #7a75dab7
-import torch,weakref
+import numpy as np,torch,weakref
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from warnings import warn
 from ._utils import explain_arguments
+from .channels import as_inputs
 from .checks import FiniteCheck, TieCheck, with_gradient
 from .criteria import get_criteria, large_final
+from .distributions import ByCost, Share, needs_inputs
 from .granularity import Granularity, get_granularity, grouped_view
 from .layers import Weight, choose, kind_name, named_tensors, tensor_names, unwrap_model
-from .observe import FirstForward, bias_tensors, computed_weights, filter_tensors, record_calls
+from .observe import (FirstForward, bias_tensors, computed_weights, count_multiply_adds,
+    filter_tensors, record_calls)
 from .pools import check_sparsity, get_context, make_pools
 from .select.bits import zero_
 from .select.core import Problem, select
+from .select.histogram import score_bins
 from .structured import find_coupled_layers
 
 # %% ../nbs/08_sparsifier.ipynb #017ee72f
@@ -79,13 +83,14 @@ class Sparsifier:
         model:nn.Module,
         # Weights that are pruned together: a name in `granularities`, or a pattern such as '2:4'
         granularity:str='weight',
-        # Groups compete in each layer ('local'), or across layers ('global', the default for weights and whole layers)
-        context:str|None=None,
+        # Groups compete in each layer ('local') or across layers ('global', the default for weights and whole layers),
+        # or layers share a budget, by a name in `distributions` or a `ByCost`
+        context=None,
         # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores
         criteria='large_final',
         # Classes, names, modules, or a function of a module to bool; by default all layers in `prunable(model)`
         layers=None,
-        # A batch of inputs, a tensor or a tuple, for 'structured' and 'head', which have to see a forward pass
+        # A batch of inputs, a tensor or a tuple, for 'structured', 'head' and 'multiply_adds', which see a forward pass
         inputs=None
     ):
         "Raises `ValueError` if an argument is not one of these, or if a layer cannot be pruned as asked"
@@ -95,6 +100,8 @@ class Sparsifier:
         self.chosen = choose(model, layers, self.granularity)
         self.coupled = None # the `CoupledLayers` of structured pruning
         if self.granularity.couples: self._couple(model, inputs, warns=layers is not None)
+        if needs_inputs(self.context): self.context = self._by_multiply_adds(model, inputs)
+        if hasattr(self.context, 'check'): self.context.check(self.chosen)
         names = tensor_names(model)
         self.parameter_names = {n: names[id(m.weight)] for n,m in self.chosen.items()}
         module = model if isinstance(model, nn.Module) else model.model # a Learner has one
@@ -110,6 +117,7 @@ class Sparsifier:
         self.n_missing = 0 # groups that were not pruned in the last step, since their layers could not be ranked
         self.was_left_alone = set() # layers that had no gradient in some step
         self.has_ranked = False # whether a layer had a gradient in some step, if the criterion needs one
+        self.has_pruned = False # whether `prune` was called
         self._ties = TieCheck(self._finite)
         self._follow_model()
         self.filter_tensors = {} # {layer name: tensors that are zeroed with its filters}
@@ -140,6 +148,9 @@ class Sparsifier:
         if self.granularity.name!='filter': self.first_forward.remove()
         self._follow_model()
         self._set_pools(sparsity)
+        self.has_pruned = True
+        for p in self.pools:
+            if p.division: p.division.again()
         targets = [p.target(sparsity) for p in self.pools]
         try: self._update_masks(targets)
         except BaseException: # Ctrl-C too
@@ -286,6 +297,20 @@ class Sparsifier:
             warn(f"Layers of which no channel can be pruned: {'; '.join(f'{n} ({o})' for n,o in left_out.items())}.")
         self.chosen = {n: m for n,m in self.chosen.items() if n not in left_out}
 
+    def _by_multiply_adds(self, model, inputs):
+        "The distribution by multiply-adds of a forward pass"
+        if inputs is None:
+            raise ValueError("context='multiply_adds' counts in a forward pass: give `inputs`, a batch for the model.")
+        weights = {n: m.weight for n,m in self.chosen.items()}
+        _,counts = count_multiply_adds(model, as_inputs(inputs), weights=weights)
+        costs = {n: counts[n]/w.numel() for n,w in weights.items()}
+        free = [n for n,o in costs.items() if not o]
+        if free:
+            warn(f"PyTorch counts no multiply-add of these layers, so they stay dense: {', '.join(free)}.")
+        # Relative costs are the same for each batch, also for sequences of another length.
+        least = min([o for o in costs.values() if o], default=1)
+        return ByCost({n: o/least for n,o in costs.items()})
+
     def _sets_with(self, names):
         "The names of all sets of coupled layers, or of layers, that have one of these layers"
         if not self.coupled: return set(names)
@@ -331,7 +356,29 @@ class Sparsifier:
         if self.coupled:
             sets = self.coupled.sets
             trained = {n: self.coupled.masks[n] for n,members in sets.items() if set(members) <= set(self.layers)}
-        self.pools = make_pools(self._sparsity, self.chosen, trained, self.granularity, self.context, sets)
+        self.pools = make_pools(self._sparsity, self.chosen, trained, self.granularity, self.context, sets,
+            self._shares)
+
+    def _shares(self, pools):
+        "The layers of pools that share a budget, as they are now"
+        layers = [(n, self.layers[n], p) for p in pools for n in p.pruned]
+        shares = [Share(n, tuple(m.weight.shape), p.n_groups, p.count()) for n,m,p in layers]
+        if not self.context.needs_scores: return shares
+        left_alone = self._left_alone() if self.has_pruned else set()
+        ranked = [(o, p) for o,p in zip(shares, pools) if o.name not in left_alone]
+        for (o,_),bins in zip(ranked, score_bins([self._problem_of_shares(p) for _,p in ranked])):
+            o.scores,o.counts = bins
+        # A layer that is left alone has no groups to give.
+        for o in shares:
+            if o.scores is None: o.scores,o.counts = np.zeros(0),np.zeros(0, int)
+        return shares
+
+    def _problem_of_shares(self, pool):
+        "A problem that prunes nothing, with the scores of one layer; by magnitude before the first step"
+        if self.has_pruned: return self._problem(pool, pool.count(), list(pool.pruned))
+        (n, pruned), = pool.pruned.items()
+        m,g = self.layers[n],self.granularity
+        return Problem([pruned], pool.count(), lambda: [g.reduce(large_final(m), m)], n_pruned=pool.count())
 
     def _update_masks(self, targets):
         "Bring each pool to its target, as far as its layers can be ranked, and zero the pruned weights"

@@ -15,10 +15,10 @@ from copy import deepcopy
 from .compress import compress
 from .speed_up import FastNetwork, median_and_spread, time_in_turn
 from ..layers import unwrap_model
+from ..observe import count_multiply_adds
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/deploy/46_costs.ipynb #73b6414c
 def file_sizes(
@@ -35,16 +35,10 @@ def multiply_adds(
     network:nn.Module, # In evaluation mode
     *xs:torch.Tensor # A batch of inputs
 )->tuple[int, int]: # All of a call, and those left if the zeros of each layer are skipped
-    "Count multiply-adds, as PyTorch's own counter does"
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: network(*xs)
-    counts = counter.get_flop_counts()
-    n_all = n_left = counter.get_total_flops()//2
-    prefix = f'{type(network).__name__}.'
-    for name,m in network.named_modules():
-        weight = m._parameters.get('weight')
-        n = sum(counts.get(prefix+name if name else prefix[:-1], {}).values())//2
-        if n and weight is not None and weight.ndim > 1: n_left -= n*int((weight==0).sum())//weight.numel()
-    return n_all, n_left
+    "Count multiply-adds by the formulas of PyTorch's own counter"
+    weights = {n: p for n,p in network.named_parameters() if p.ndim > 1}
+    n_all, with_weight = count_multiply_adds(network, xs, weights=weights)
+    return n_all, n_all - sum(n*int((weights[k]==0).sum())//weights[k].numel() for k,n in with_weight.items() if n)
 
 # %% ../../nbs/deploy/46_costs.ipynb #c2496db8
 def _network(model):
