@@ -25,6 +25,9 @@ compare: $(DEMO)  ## repeat the paper's experiment: make compare ARGS='--dry-run
 compare-widths: $(BENCH)  ## train narrow networks in three ways, at equal multiply-adds
 	@$(BIN)/ocp-compare-widths $(ARGS)
 
+compare-found: $(DEMO)  ## train with the suggestions of sparsity_find, and compare with dense
+	@$(BIN)/ocp-compare-found $(ARGS)
+
 bench-widths: $(DEMO)  ## time networks before and after structured pruning and its cut
 	@$(BIN)/ocp-bench-widths $(ARGS)
 
@@ -90,4 +93,4 @@ $(DEV): $(DEMO)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo compare compare-widths bench-widths bench bench-check reliability example test prepare docs outputs clean
+.PHONY: help install demo compare compare-widths compare-found bench-widths bench bench-check reliability example test prepare docs outputs clean

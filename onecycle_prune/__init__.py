@@ -22,6 +22,7 @@
 - `onecycle_prune.experiments.bench_inference`: How fast a pruned network is on a CPU: PyTorch, ONNX Runtime, OpenVINO and `speed_up`
 - `onecycle_prune.experiments.demo`: The main task on one page: dense, one-cycle and the paper's baselines with the same budget
 - `onecycle_prune.experiments.deployed`: What a trained network gains when it is used: dense, pruned, compressed, sped up
+- `onecycle_prune.experiments.found`: Whether the suggestions of `sparsity_find` keep what a training promises
 - `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued
 - `onecycle_prune.experiments.widths`: What a narrower network costs, and three ways to train one
 - `onecycle_prune.finder`: How much can go, and where: one call before a training

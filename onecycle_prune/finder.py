@@ -121,16 +121,19 @@ class FoundSparsity:
     ): # The axes
         "Draw loss and first metric against the sparsity, and the loss that each layer adds"
         if axes is None:
-            size = 10,max(3.5, .6 + .2*len(self.layers))
+            size = 8.5,max(3, .6 + .17*len(self.layers))
             _,axes = plt.subplots(1, 2, figsize=size, layout='constrained')
         left,right = axes
         loss,*metrics = self.curve.columns
         self.curve[loss].plot(ax=left, marker='.', ylabel=loss, xlabel='sparsity, without training')
         left.axvline(self.sparsity, color='tab:red', ls='--', label=f'suggestion: {self.sparsity:g}')
-        left.legend(loc='upper left')
-        if metrics: self.curve[metrics[0]].plot(ax=left.twinx(), color='tab:orange', marker='.', ylabel=metrics[0])
+        lines = left.lines[:2]
+        if metrics:
+            of_metric = self.curve[metrics[0]].plot(ax=left.twinx(), color='tab:orange', marker='.', ylabel=metrics[0])
+            lines = [*lines, of_metric.lines[0]]
+        left.legend(handles=lines, loc='center left')
         if len(self.layers):
-            added = self.layers - self.curve[loss].iloc[0]
+            added = self.layers.iloc[:, 1:] - self.curve[loss].iloc[0] # without the dense network
             image = right.imshow(added.clip(lower=0), aspect='auto', cmap='Reds')
             right.set_yticks(range(len(added)), added.index, fontsize=7)
             right.set_xticks(range(added.shape[1]), [f'{s:.0%}' for s in added.columns])
@@ -178,7 +181,7 @@ n:m patterns, for criteria that need a training, without a validation set, and i
         alone = probe.sparsifier(granularity, 'local', criteria, layers) if by_layer else None
         names = _names(alone) if by_layer else []
         points = [(None, s) for s in (0., *sparsities)] + [(n, s) for n in names for s in layer_sparsities]
-        bar = progress_bar(points, leave=False)
+        bar = progress_bar(points, leave=False) if hasattr(self, 'progress') else points # as within `no_bar`
         measured = [probe.measure(_pruning(whole, alone, *point)) for point in bar]
     curve = pd.DataFrame(measured[:len(sparsities)+1], index=pd.Index((0., *sparsities), name='sparsity'))
     found = _suggest(curve, _table(curve, measured[len(sparsities)+1:], names, layer_sparsities), alone)
