@@ -20,7 +20,7 @@ from .data import get_dls, get_source
 from .grid import make_record, records_of, remaining
 from .networks import get_arch
 from .records import append_record, read_records
-import onecycle_prune.finder # adds `sparsity_find` to learners
+from ..finder import FoundSparsity # the module adds `sparsity_find` to learners
 
 # %% ../../nbs/experiments/51_found.ipynb #cc5e6f58
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def train_found(
     "Train dense, search, and train with the suggestions"
     learn,dense = _trained(run)
     start = time.perf_counter()
-    found = learn.sparsity_find(context=run.context, show_plot=False)
+    with learn.no_bar(): found:FoundSparsity = learn.sparsity_find(context=run.context, show_plot=False)
     seconds = time.perf_counter() - start
     return dict(sparsity=found.sparsity, by_layer=found.by_layer, search_seconds=seconds, dense=dense,
         whole=_trained(run, found.sparsity, run.context)[1], layers=_trained(run, found.by_layer)[1])
