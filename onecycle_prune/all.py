@@ -5,7 +5,7 @@ from .criteria import (Criteria, Variety, criteria, get_criteria, large_final, l
     magnitude_increase, movement, needs_gradient, small_final, taylor, updating_movement)
 from .deploy.columns import drop_columns, unread_columns, unread_inputs
 from .deploy.compress import compress
-from .deploy.costs import costs, plot_costs
+from .deploy.costs import costs, milliseconds, plot_costs
 from .deploy.shrink import plot_widths, shrink, shrink_like, shrink_report
 from .deploy.speed_up import speed_up
 from .distributions import ByCost
@@ -22,7 +22,7 @@ __all__ = ['ByCost', 'Criteria', 'FoundSparsity', 'SchedAGP', 'SchedDSD', 'Sched
     'SchedOneShot', 'Schedule', 'Sparsifier', 'SparsifyCallback', 'Structured', 'Variety', 'agp',
     'compress', 'costs', 'criteria', 'drop_columns', 'dsd', 'estimate_batchnorms', 'get_criteria',
     'get_schedule', 'granularities', 'iterative', 'large_final', 'large_init',
-    'large_init_large_final', 'magnitude_increase', 'movement', 'needs_gradient', 'one_cycle',
+    'large_init_large_final', 'magnitude_increase', 'milliseconds', 'movement', 'needs_gradient', 'one_cycle',
     'one_shot', 'plot_costs', 'plot_layers', 'plot_schedules', 'plot_widths', 'sched_agp',
     'sched_dsd', 'sched_iterative', 'sched_onecycle', 'sched_oneshot', 'schedules', 'shrink',
     'shrink_like', 'shrink_report', 'small_final', 'sparsity_report', 'speed_up', 'taylor',

@@ -78,9 +78,16 @@ class ERK:
         return whole_numbers(_pruned(high), budget)
 
 # %% ../nbs/18_distributions.ipynb #38113ab4
-class _ByScores:
-    "Groups are pruned in the order of their `ranks`; each costs its price"
+def _without_last(counts):
+    "One group of each layer stays, that with the highest score"
+    counts = counts.copy()
+    counts[-1:] -= 1
+    return counts
+
+class LAMP:
+    "Groups compete by scores that are relative to their layer (Lee et al., arXiv 2010.07611)"
     needs_scores = True
+    def __repr__(self): return "'lamp'"
 
     def divide(self, fraction, shares):
         prices = np.array(self.prices(shares), dtype=float)
@@ -100,21 +107,16 @@ class _ByScores:
             counts[layer] += int(left/prices[layer] + 1e-9)
         return counts
 
-def _without_last(counts):
-    "One group of each layer stays, that with the highest score"
-    counts = counts.copy()
-    counts[-1:] -= 1
-    return counts
+    def prices(self, shares):
+        "What a group of each layer takes from the budget"
+        return [1]*len(shares)
 
-class LAMP(_ByScores):
-    "The square of a score is divided by the sum over all groups of the layer that score as high (Lee et al., 2020)"
-    def __repr__(self): return "'lamp'"
-
-    def prices(self, shares): return [1]*len(shares)
-
-    def budget(self, fraction, costs): return round(fraction*costs.sum())
+    def budget(self, fraction, costs):
+        "The budget, if all groups of the layers cost `costs`"
+        return round(fraction*costs.sum())
 
     def ranks(self, share):
+        "The rank of each bin of a layer: the lowest ones are pruned first, and infinite ones never"
         if (share.scores < 0).any():
             raise ValueError(f"{self!r} needs scores of 0 or more, as magnitudes; "
                              f"layer '{share.name}' has negative ones.")

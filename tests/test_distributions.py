@@ -3,6 +3,7 @@
 import numpy as np, pytest, torch, torchvision
 from hypothesis import given, settings, strategies as st
 from onecycle_prune.callback import SparsifyCallback
+from onecycle_prune.deploy.costs import milliseconds
 from onecycle_prune.distributions import ByCost, ERK, LAMP, Share, distributions
 from onecycle_prune.granularity import get_granularity
 from onecycle_prune.pools import get_context
@@ -316,3 +317,19 @@ class TestContext:
 
     @by_distribution
     def test_repr(self, context): assert context.split('_')[0] in repr(SparsifyCallback(.5, context=context)).lower()
+
+
+class TestMilliseconds:
+    def test_measured(self):
+        "Each layer has a cost, and a budget of milliseconds is kept"
+        net, x = torchvision.models.resnet18().eval(), torch.randn(1, 3, 64, 64)
+        before = bits(net)
+        costs = milliseconds(net, x)
+        assert_same(bits(net), before)
+        assert list(costs) == [*layers_of(net)] and all(o >= 0 for o in costs.values()) and any(costs.values())
+        Sparsifier(net, context=ByCost(costs)).prune(.8)
+        def _total(count): return sum(costs[n]*count(m.weight) for n, m in layers_of(net).items())
+        assert _total(torch.count_nonzero) == pytest.approx(.2*_total(torch.numel), rel=.01)
+
+    def test_wrong(self):
+        with pytest.raises(ValueError, match='fraction from .3 to 1'): milliseconds(tiny_net(), tiny_images(), .1)
