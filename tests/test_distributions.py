@@ -116,7 +116,7 @@ class TestLAMP:
         k = min(round(sparsity*sum(sizes)), sum(sizes) - len(sizes))
         counts = LAMP().divide(sparsity, [share_of(str(i), w) for i, w in enumerate(weights)])
         assert counts.sum() == k
-        assert np.abs(counts - lamp_counts(weights, k)).max() <= 2 + .01*max(sizes)
+        assert np.abs(counts - lamp_counts(weights, k)).max() <= 2 + .02*max(sizes)
 
     def test_negative_scores(self):
         with pytest.raises(ValueError, match='needs scores of 0 or more'):
@@ -178,7 +178,7 @@ class TestBins:
     @settings(deadline=None, max_examples=50)
     @given(st.lists(st.floats(-2.**60, 2.**60, width=32), min_size=1, max_size=50), st.integers(0, 5))
     def test_bins(self, numbers, seed):
-        "Each score is within .4 % of the score of its bin, with and without numba"
+        "Each score is within .8 % of the score of its bin, with and without numba"
         w = torch.tensor(numbers)
         pruned = torch.rand(w.shape, generator=torch.Generator().manual_seed(seed)) < .3
         plain = Problem([pruned], int(pruned.sum()), lambda: [w.abs()], weights=[w])
@@ -188,12 +188,12 @@ class TestBins:
         assert_same(torch.tensor(counts), torch.tensor(score_bins([general])[0][1]))
         expected = np.sort(w.abs()[~pruned].double().numpy())
         found = np.repeat(scores, counts)
-        assert len(found) == len(expected) and (np.abs(found - expected) <= .004*expected + 1e-37).all()
+        assert len(found) == len(expected) and (np.abs(found - expected) <= .008*expected + 1e-37).all()
 
     def test_signs(self):
         w = torch.tensor([-8., -2., -.5, 0., .5, 3.])
         (scores, counts), = score_bins([Problem([torch.zeros(6, dtype=torch.bool)], 0, lambda: [w])])
-        np.testing.assert_allclose(scores, w.numpy(), rtol=.004)
+        np.testing.assert_allclose(scores, w.numpy(), rtol=.008)
         assert counts.tolist() == [1]*6 and (np.diff(scores) > 0).all()
 
 

@@ -21,6 +21,7 @@ from io import StringIO
 from fastai.vision.all import *
 from .._utils import atomic_write,raise_unknown
 from ..callback import SparsifyCallback
+from ..distributions import distributions
 from .networks import get_arch
 from ..schedule import one_cycle
 from ..select.core import Problem, select
@@ -143,6 +144,7 @@ def _own_function(m): return m.weight.abs()
 prune_methods = ({'large_final': dict(context='global'), 'large_final local': dict(context='local'),
     'own function': dict(criteria=_own_function, context='global')}
     | {name: dict(criteria=name, context='global') for name in _of_weights}
+    | {name: dict(context=name) for name in distributions}
     | {name: dict(granularity=name, layers=_divides) for name in ('2:4', '1:4', '4:8', '8:16')}
     | {name: dict(granularity=name, layers=nn.Conv2d) for name in ('kernel', 'channel', 'filter')}
     | {'structured': dict(granularity='structured')})

@@ -1,6 +1,6 @@
 """How the scores of a layer are distributed
 
-Some ways to divide a budget over layers depend on all scores of the layers. To sort them takes longer than a batch of training. So this module counts them in bins. All scores of a bin have the same sign, exponent and first eight bits of the mantissa: they differ by .4 % at most.
+Some ways to divide a budget over layers depend on all scores of the layers. To sort them takes longer than a batch of training. So this module counts them in bins. All scores of a bin have the same sign, exponent and first seven bits of the mantissa: they differ by .8 % at most.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/select/histogram.html.md"""
 
@@ -14,7 +14,7 @@ import numpy as np, torch
 from .reference import Problem
 
 # %% ../../nbs/select/28_histogram.ipynb #bf23d70d
-_n_bins,_shift = 2**17,15 # as in `numba_kernels`, which needs numba
+_n_bins,_shift = 2**16,16 # as in `numba_kernels`, which needs numba
 
 def _general_counts(scores, pruned):
     "The same as `key_counts` for one layer, from its scores"
@@ -45,5 +45,5 @@ def score_bins(
     found = []
     for counts in _counts(problems):
         bins = np.flatnonzero(counts)
-        found.append((_bin_scores(bins), counts[bins]))
+        found.append((_bin_scores(bins), counts[bins].astype(int)))
     return found

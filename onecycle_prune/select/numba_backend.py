@@ -162,9 +162,10 @@ def _place_for_counts(n_threads, n_layers): return np.empty((n_threads, n_layers
 
 def key_counts(
     problems # That `NumbaBackend` supports, with weights in float32
-)->np.ndarray: # For each layer, how many weights that are not pruned have a score in each of `n_bins` bins
+)->np.ndarray: # For each layer, how many weights that are not pruned have a score in each of `n_bins` bins; not to keep
     "Count the scores of all layers in bins"
     blocks = Blocks(problems)
     counts = _place_for_counts(torch.get_num_threads(), len(blocks.weights))
     kernels.count_keys(blocks.layout.layer, blocks.blocks, blocks.formula, np.zeros(0, np.int32), counts)
-    return counts.sum(0)[:, :-1]
+    for of_thread in counts[1:]: counts[0] += of_thread
+    return counts[0][:, :-1]

@@ -442,12 +442,12 @@ def prune_candidates(
         else: _prune_in_block(bits, blocks[b, 2], pruned, blocks[b, 4], formula, words, thresholds[b], n_ties[b])
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #e8af8c76
-n_bins = 2**17 # of keys in 32 bits
+n_bins = 2**16 # of keys in 32 bits
 
 @njit
 def _count_in_block(bits, other, pruned, start, stop, formula, counts):
     for i in range(start, stop):
-        bin = (_key_of(bits, other, i, formula) >> 15) + n_bins//2
+        bin = (_key_of(bits, other, i, formula) >> 16) + n_bins//2
         # Without a branch, since nobody can predict it.
         counts[n_bins if pruned[i] else bin] += 1
 
