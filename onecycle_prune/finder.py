@@ -143,9 +143,10 @@ class FoundSparsity:
         return axes
 
 # %% ../nbs/19_finder.ipynb #de90a5f4
-def _check_find(granularity, criteria, sparsities):
+def _check_find(granularity, criteria, sparsities, n_batches):
     "Raise `ValueError` for arguments with which a search makes no sense"
     g,criterion = get_granularity(granularity),get_criteria(criteria)
+    if n_batches < 1: raise ValueError(f'n_batches is a number of validation batches, 1 or more, got {n_batches!r}.')
     if g.sparsity: raise ValueError(f'Granularity {g} implies a sparsity of {g.sparsity:g}, so there is none to find.')
     if hasattr(criterion, 'memory') or hasattr(criterion, 'needs_gradient'):
         name = getattr(criterion, '__name__', criterion)
@@ -172,7 +173,7 @@ def sparsity_find(self:Learner,
     """Find how much of a trained model can be pruned, and where. The learner stays as it is. Raises `ValueError` for \
 n:m patterns, for criteria that need a training, without a validation set, and if the model has learned nothing yet."""
     by_layer = layer_sparsities is not None and get_granularity(granularity).name!='layer'
-    _check_find(granularity, criteria, [sparsities, layer_sparsities] if by_layer else [sparsities])
+    _check_find(granularity, criteria, [sparsities, layer_sparsities] if by_layer else [sparsities], n_batches)
     check_n_batches(bn_batches)
     SparsifyCallback(.5, granularity, context, criteria, layers=layers) # checks the rest
     with preserved(unwrap_model(self.model)):

@@ -265,7 +265,8 @@ class TestErrors:
         (dict(criteria='taylor'), "such as 'large_final'"), (dict(sparsities=(.9, .5)), 'rising numbers'),
         (dict(sparsities=()), 'rising numbers'), (dict(layer_sparsities=(0, .5)), 'rising numbers'),
         (dict(granularity='filtre'), "Did you mean 'filter'"), (dict(context='globel'), "Did you mean 'global'"),
-        (dict(layers='9'), 'Unknown layer'), (dict(bn_batches=-1), 'bn_batches is a number')])
+        (dict(layers='9'), 'Unknown layer'), (dict(bn_batches=-1), 'bn_batches is a number'),
+        (dict(n_batches=0), 'n_batches is a number of validation batches')])
     def test_arguments(self, trained, how, message):
         learn = trained()
         before = everything(learn)
