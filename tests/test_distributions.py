@@ -95,7 +95,7 @@ class TestERK:
         assert ERK().divide(.5, shares).tolist() == [90, 5050 - 90]
 
     def test_return(self):
-        "If more is pruned than asked for, the budget is divided anew"
+        "If more is pruned than asked for, the budget is divided again"
         shares = shares_of([(10, 10), (100, 100)])
         shares[1].n_pruned = 9000
         assert ERK().divide(.5, shares).sum() == 5050
@@ -228,6 +228,13 @@ class TestTraining:
         assert len(cb.sparsifier.pools) == len(cb.sparsifier.layers) > 1
         n = sum(p.n_groups for p in cb.sparsifier.pools)
         if context != 'multiply_adds': assert sum(p.count() for p in cb.sparsifier.pools) == round(.6*n)
+        else:
+            costs = positions(learn.model)
+            prices = {k: costs[k]*m.weight.numel()/cb.sparsifier.pruned[k].numel()
+                for k, m in cb.sparsifier.layers.items()}
+            total = sum(prices[k]*cb.sparsifier.pruned[k].numel() for k in prices)
+            spent = sum(prices[k]*int(cb.sparsifier.pruned[k].sum()) for k in prices)
+            assert .6*total - max(prices.values()) <= spent <= .6*total*(1 + 1e-9)
         for p in cb.sparsifier.pools: assert 0 <= p.count() < p.n_groups
 
     @by_distribution
@@ -235,11 +242,18 @@ class TestTraining:
     def test_schedules(self, new_learner, context, schedule):
         "Weights return where a schedule falls, and the counts stay exact"
         learn, cb = new_learner(tiny_net()), SparsifyCallback(.8, context=context, schedule=schedule)
-        learn.fit_one_cycle(2, 1e-2, cbs=cb)
+        probe = Probe(lambda net: {n: int((m.weight == 0).sum()) for n, m in layers_of(net).items()})
+        learn.fit_one_cycle(2, 1e-2, cbs=[cb, probe])
         expected = expected_sparsities(schedule, .8, 2)
         if context != 'multiply_adds':
             n = sum(p.n_groups for p in cb.sparsifier.pools)
             assert learn.recorder.sparsities == pytest.approx([round(s*n)/n for s in expected], abs=1/n)
+        else:
+            costs, layers = positions(learn.model), layers_of(learn.model)
+            total = sum(costs[n]*m.weight.numel() for n, m in layers.items())
+            found = [sum(costs[n]*o for n, o in counts.items()) for counts in probe.seen]
+            # Where the schedule falls, the layers give back in proportion, and each count is rounded.
+            assert found == pytest.approx([s*total for s in expected], abs=len(layers)*max(costs.values()))
 
     @by_distribution
     def test_fine_tune(self, new_learner, context):
@@ -247,6 +261,7 @@ class TestTraining:
         learn = new_learner(tiny_net(), splitter=lambda m: [list(m.parameters())[:2], list(m.parameters())[2:]])
         learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=SparsifyCallback(.7, context=context))
         zeros = {n: m.weight == 0 for n, m in layers_of(learn.model).items()}
+        assert sum(int(o.sum()) for o in zeros.values()) > .3*sum(o.numel() for o in zeros.values())
         learn.fit_one_cycle(1, 1e-2, cbs=SparsifyCallback(.8, context=context))
         assert all((zeros[n] <= (m.weight == 0)).all() for n, m in layers_of(learn.model).items())
 
@@ -263,6 +278,9 @@ class TestTraining:
             assert int((layers[first].weight == 0).sum()) == round(.3*layers[first].weight.numel())
             n = sum(layers[o].weight.numel() for o in convs)
             assert sum(int((layers[o].weight == 0).sum()) for o in convs) == round(.8*n)
+        else: # each entry has one layer
+            for o, share in {first: .3, **dict.fromkeys(convs, .8)}.items():
+                assert int((layers[o].weight == 0).sum()) == int(share*layers[o].weight.numel() + 1e-9)
         assert all(layers[o].weight.all() for o in others if o not in convs)
 
     @by_distribution

@@ -27,7 +27,7 @@ from ..deploy.costs import costs
 from ..deploy.speed_up import speed_up
 from .data import get_dls, get_source
 from .networks import get_arch
-from ..layers import prunable
+from ..report import sparsity_report
 from pathlib import Path
 
 # %% ../../nbs/experiments/52_sweep.ipynb #aa227fbc
@@ -47,8 +47,7 @@ def _train_one(new_learner, fit, sparsity, n_items, kwargs):
     with learn.no_bar(), learn.no_logging():
         fit(learn, cb)
         values = learn.validate()
-    weights = [m.weight for m in prunable(learn).values()]
-    reached = sum(int((w==0).sum()) for w in weights)/sum(w.numel() for w in weights)
+    reached = sparsity_report(learn).set_index('layer').sparsity['total']
     names = ['valid_loss', *(m.name for m in learn.metrics)]
     return dict(sparsity=sparsity, callback=_name(sparsity, kwargs), zeros=reached) | dict(zip(names, values)) | _costs(
         learn, n_items)
@@ -115,7 +114,7 @@ def sweep_network(
     try:
         get_source(data)
         build,sparsities = get_arch(arch),parse_list(sparsities, float)
-        SparsifyCallback(max(sparsities), context=context)
+        for s in sparsities: SparsifyCallback(s, context=context)
     except ValueError as e: sys.exit(f'ocp-sweep: {e}')
     def _new_learner():
         set_seed(seed, reproducible=True)

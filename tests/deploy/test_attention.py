@@ -208,7 +208,7 @@ class TestTraining:
 
 
 class TestNotRemoved:
-    "Where heads cannot be removed, nothing changes, and the reason is told"
+    "Where heads cannot be removed, nothing changes, and the error gives the reason"
     @pytest.mark.parametrize('form,call', [
         (dict(add_bias_kv=True), None), (dict(add_zero_attn=True), None),
         ({}, lambda m, x: m(x, x, x, attn_mask=torch.zeros(2*n_heads, 5, 5, dtype=torch.double))[0]),
