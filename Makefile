@@ -28,6 +28,9 @@ compare-widths: $(BENCH)  ## train narrow networks in three ways, at equal multi
 compare-found: $(DEMO)  ## train with the suggestions of sparsity_find, and compare with dense
 	@$(BIN)/ocp-compare-found $(ARGS)
 
+compare-times: $(DEMO)  ## time the networks of recorded trainings after speed_up
+	@$(BIN)/ocp-times $(ARGS)
+
 bench-widths: $(DEMO)  ## time networks before and after structured pruning and its cut
 	@$(BIN)/ocp-bench-widths $(ARGS)
 
@@ -93,4 +96,4 @@ $(DEV): $(DEMO)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo compare compare-widths compare-found bench-widths bench bench-check reliability example test prepare docs outputs clean
+.PHONY: help install demo compare compare-widths compare-found compare-times bench-widths bench bench-check reliability example test prepare docs outputs clean

@@ -32,6 +32,7 @@ groups = {
     'Reference': '[01][1-9]*',
     'Reference: selection': 'select/*',
     'Reference: deployment': 'deploy/*',
+    'Reference: methods': 'methods/*',
     'Reference: experiments': 'experiments/*',
     'Reference: internals': '00*',
     'Explanations': 'explanations/*',
