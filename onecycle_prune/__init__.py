@@ -1,5 +1,6 @@
 """Modules:
 
+- `onecycle_prune.at_init`: Scores of a network that is not trained yet
 - `onecycle_prune.batchnorm`: Batch-norm statistics that belong to the weights that are left
 - `onecycle_prune.callback`: Pruning in the batches of a fastai training
 - `onecycle_prune.channels`: Which channels of a network belong together, and which of them nobody needs

@@ -21,7 +21,7 @@ from warnings import warn
 from ._utils import explain_arguments
 from .batchnorm import LatestBatches, check_n_batches
 from .checkpoint import load_memory, save_memory, weights_hash
-from .criteria import get_criteria
+from .criteria import get_criteria, needs_step
 from .distributions import needs_inputs
 from .granularity import get_granularity
 from .guard import KeepPruned, Override, restore_methods
@@ -97,6 +97,7 @@ class SparsifyCallback(Callback):
 
     def before_batch(self):
         if not self.sparsifier: self._build(self.xb)
+        if not self.has_begun: self._prune_at_start()
         self.latest_batches.keep(self.model, self.xb)
 
     # A step may be cancelled before it is made, as by a gradient scaler. fastai calls `after_step` all the same.
@@ -157,6 +158,14 @@ class SparsifyCallback(Callback):
         if not isinstance(sparsity, dict): return self.sparsifier.prune(progress*sparsity)
         return self.sparsifier.prune({k: progress*s for k,s in sparsity.items()})
 
+    def _prune_at_start(self):
+        "If the schedule begins with its end, prune before the first step; criteria that need a step prune after it"
+        self.has_begun = True
+        sparsifier,batches = self.sparsifier,[(self.xb, self.yb)]
+        if self.schedule(self.pos)==1 and not needs_step(sparsifier.criteria):
+            self.current = sparsifier.prune_at_init(self.sparsity, batches, self.learn.loss_func)
+        elif not sparsifier.has_scored: sparsifier.score(batches, self.learn.loss_func)
+
     def _estimate_batchnorms(self, all_kept=False):
         "Estimate the batch-norm statistics for the weights that are left, once pruning has begun"
         if not self.sparsifier or not any(self.sparsities): return
@@ -169,6 +178,7 @@ class SparsifyCallback(Callback):
         self.start = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         self.pos = self.start/self.n_epoch
         self.keeper = KeepPruned(None, self._end)
+        self.has_begun = False # whether a batch has begun
         granularity = get_granularity(self.granularity)
         if not granularity.couples and not needs_inputs(get_context(self.context, granularity)): self._build()
         self.learn.add_cb(self.keeper)

@@ -107,6 +107,7 @@ class Sparsifier:
         module = model if isinstance(model, nn.Module) else model.model # a Learner has one
         # A layer that is trained later compares with the start of training too.
         self.memory = remember_start(self.criteria, self.chosen, broadcast=isinstance(module, DistributedDataParallel))
+        self.has_scored = not hasattr(self.criteria, 'score') # an `AtInit` has to
         self._finite = FiniteCheck()
         self.layers = {} # those of `chosen` that are trained, or were trained before
         # {layer name: mask of its groups}, bool, True = pruned; a layer that is trained later has its zeros now
@@ -144,6 +145,9 @@ class Sparsifier:
         Each layer keeps one group. A layer that was frozen, and is trained now, joins its pool. Raises `ValueError` for
         any other sparsity, or if scores cannot be ranked."""
         sparsity = check_sparsity(sparsity)
+        if not self.has_scored:
+            raise ValueError(f"{self._criterion_name!r} scores a network before its training: "
+                             "call `prune_at_init` or `score` with a batch first.")
         # Pruning without any forward pass leaves no hook. Filters still wait for one, to find the norms after them.
         if self.granularity.name!='filter': self.first_forward.remove()
         self._follow_model()
@@ -162,6 +166,40 @@ class Sparsifier:
         n_groups = sum(p.n_groups for p in self.pools if not p.dense)
         self.n_missing = sum(targets) - sum(p.count() for p in self.pools)
         return (sum(targets) - self.n_missing) / max(1, n_groups)
+
+    @torch.no_grad()
+    def score(self,
+        batches, # Pairs of inputs and targets, each a tensor or a tuple of tensors
+        loss_func # Function of the model's output and of the targets to a number
+    ):
+        "Compute the scores of an `AtInit`, once and for all; raises `ValueError` for other criteria"
+        if not hasattr(self.criteria, 'score'):
+            raise ValueError(f"{self._criterion_name!r} scores the weights as they are in each step, "
+                             "so there is nothing to compute before the training.")
+        model = self.first_forward.model()
+        with torch.random.fork_rng(devices=[]):
+            scores = self.criteria.score(model, batches, loss_func, self.parameter_names)
+        for n,o in scores.items():
+            self._finite.check_each(n, o)
+            self.memory[n].copy_(o)
+            if isinstance(model, DistributedDataParallel): torch.distributed.broadcast(self.memory[n], 0)
+        self.has_scored = True
+
+    def prune_at_init(self,
+        sparsity:float|dict, # As for `prune`
+        batches=None, # As for `score`, as is `loss_func`; only an `AtInit` needs them
+        loss_func=None
+    )->float: # As `prune` returns it
+        """Prune before the training. An `AtInit` scores and prunes in rounds, each of which leaves the same share of \
+the weights. Raises `ValueError` as `prune` and `score` do."""
+        if self.has_scored: return self.prune(sparsity)
+        rounds = self.criteria.rounds
+        def _after(s, i): return 1 - (1-s)**(i/rounds) if i < rounds else s
+        for i in range(1, rounds+1):
+            self.score(batches, loss_func)
+            reached = self.prune({k: _after(s, i) for k,s in sparsity.items()} if isinstance(sparsity, dict)
+                else _after(check_sparsity(sparsity), i))
+        return reached
 
     @torch.no_grad()
     def apply(self,
@@ -281,6 +319,7 @@ class Sparsifier:
             for n,t in tensors.items(): t.copy_(state[part][n])
         if self.coupled: self.coupled.read(self.pruned)
         for pool in self.pools: pool.n_pruned = None
+        self.has_scored = True
         self.apply()
 
     # --- the steps of `prune`

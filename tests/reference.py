@@ -18,7 +18,8 @@ progress = dict(
     agp=lambda t: 1 - (1 - (t-.2)/.8)**3 if t >= .2 else 0,
     cos=lambda t: (1 - math.cos(math.pi*t)) / 2,
     lin=lambda t: t,
-    dsd=lambda t: (1 - math.cos(2*math.pi*t)) / 2)
+    dsd=lambda t: (1 - math.cos(2*math.pi*t)) / 2,
+    at_start=lambda t: 1.)
 rising = [s for s in progress if s != 'dsd']
 
 

@@ -14,33 +14,54 @@ now, start = [.5, -2., 0., -1.], [-1., 1.5, .25, -1.]
 by_hand = dict(
     large_final=[.5, 2, 0, 1],
     small_final=[-.5, -2, 0, -1],
+    squared_final=[.25, 4, 0, 1],
     large_init=[1, 1.5, .25, 1],
+    small_init=[-1, -1.5, -.25, -1],
     large_init_large_final=[.5, 1.5, 0, 1],    # the smaller of the two magnitudes
+    small_init_small_final=[-1, -2, -.25, -1], # minus the larger of the two magnitudes
     magnitude_increase=[-.5, .5, -.25, 0],     # of magnitudes: -1 → .5 shrinks
+    magnitude_change=[.5, .5, .25, 0],
+    movmag=[.75, 7, 0, 0],                     # magnitude times distance
     movement=[1.5, 3.5, .25, 0],               # the distance from -1 to .5, through zero
-    updating_movement=[1.5, 3.5, .25, 0])
-memories = dict(large_init='start', large_init_large_final='start', magnitude_increase='start', movement='start',
-                updating_movement='last')
+    updating_movement=[1.5, 3.5, .25, 0],
+    updating_movmag=[.75, 7, 0, 0],
+    updating_magnitude_increase=[-.5, .5, -.25, 0])
+of_start = ['large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'magnitude_change', 'movement',
+            'movmag']
+of_last = ['updating_movement', 'updating_movmag', 'updating_magnitude_increase']
+memories = dict.fromkeys(of_start, 'start') | dict.fromkeys(of_last, 'last')
+of_init = ['large_init', 'small_init']  # their memory is the score
+at_init = ['snip', 'grasp', 'synflow']  # tested in test_at_init
 
 
 @pytest.mark.parametrize('name', by_hand)
 def test_scores(name):
-    m, args = line(*now), [tensor([start])] if name in memories else []
-    assert torch.equal(get_criteria(name)(m, *args), tensor([by_hand[name]]))
+    m, criterion = line(*now), get_criteria(name)
+    args = [criterion.remember(tensor([start]))] if name in {*memories, *of_init} else []
+    assert torch.equal(criterion(m, *args), tensor([by_hand[name]]))
     assert m.weight.tolist() == [now]
 
 
-@pytest.mark.parametrize('name', sorted({*criteria} - {'random'} - {*criteria_aliases}))
+@pytest.mark.parametrize('name', sorted({*criteria} - {'random', *of_init, *at_init, *criteria_aliases}))
 def test_memory(name): assert getattr(criteria[name], 'memory', None) == memories.get(name)
 
 
-def test_all_named(): assert set(criteria) == {*by_hand, 'random', 'taylor', *criteria_aliases}
+def test_all_named(): assert set(criteria) == {*by_hand, *at_init, 'random', 'taylor', *criteria_aliases}
 
 
-@pytest.mark.parametrize('alias', ['magnitude', 'l1'])
-def test_aliases(alias):
+@pytest.mark.parametrize('alias,name', [
+    ('magnitude', 'large_final'), ('l1', 'large_final'), ('l2', 'squared_final'), ('mov_large_final', 'movmag')])
+def test_aliases(alias, name):
     "A second name gives the very same criterion"
-    assert alias in criteria_aliases and criteria[alias] is get_criteria(alias) is criteria['large_final']
+    assert alias in criteria_aliases and criteria[alias] is get_criteria(alias) is criteria[name]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_square_of_half_precision(dtype):
+    "300² is more than float16 holds, and 1e-4² is less"
+    m = line(300., 1e-4).to(dtype)
+    scores = get_criteria('squared_final')(m)
+    assert scores.dtype == torch.float32 and scores.tolist() == [[float(w)**2 for w in m.weight[0]]]
 
 
 def test_taylor():
@@ -196,7 +217,8 @@ def test_nearest(name, right):
 
 
 @pytest.mark.parametrize('word,right', [
-    ('abs', "'magnitude'"), ('l1_norm', "'magnitude'"), ('magnitude_pruning', "'magnitude'"), ('snip', "'taylor'"),
+    ('abs', "'magnitude'"), ('l1_norm', "'magnitude'"), ('magnitude_pruning', "'magnitude'"),
+    ('l2_norm', "'l2'"), ('sensitivity', "'snip'"),
     ('initial_magnitude', "'large_init'"), ('small', "'large_final' (keeps the large weights), or 'small_final'"),
     ('largest', "'large_final' (keeps the large weights), or 'small_final'")])
 def test_hints(word, right):
@@ -206,10 +228,7 @@ def test_hints(word, right):
 
 # Words for which there is no criterion by name. The hint is a function; here are its scores of `now`, of which
 # `start` is the memory and 1, 2, 3, 4 the gradient.
-in_code = dict(
-    l2=[.25, 4, 0, 1], l2_norm=[.25, 4, 0, 1], grad=[1, 2, 3, 4], gradient_magnitude=[1, 2, 3, 4],
-    small_init=[-1, -1.5, -.25, -1], small_init_small_final=[-1, -2, -.25, -1], magnitude_decrease=[.5, -.5, .25, 0],
-    updating_magnitude_increase=[-.5, .5, -.25, 0])
+in_code = dict(grad=[1, 2, 3, 4], gradient_magnitude=[1, 2, 3, 4], magnitude_decrease=[.5, -.5, .25, 0])
 
 
 @pytest.mark.parametrize('word', in_code)
@@ -219,13 +238,12 @@ def test_hints_in_code(word):
     hint = re.search(r"Did you mean (.*?)(, or 'taylor' .*)?\? Allowed", str(e.value))[1]
     m, f = line(*now), get_criteria(eval(hint, dict(Criteria=Criteria, torch=torch, needs_gradient=needs_gradient)))
     m.weight.grad = tensor([[1., 2., 3., 4.]])
-    memory = 'last' if 'updating' in word else 'start' if isinstance(f, Criteria) else None
-    assert getattr(f, 'memory', None) == memory
+    assert getattr(f, 'memory', None) == ('start' if isinstance(f, Criteria) else None)
     assert f(m, *[tensor([start])] if isinstance(f, Criteria) else []).tolist() == [in_code[word]]
 
 
 @pytest.mark.parametrize('word', [
-    'weight', 'saliency', 'hessian', 'fisher', 'wanda', 'synflow', 'grasp', 'l0', 'movmag'])
+    'weight', 'saliency', 'hessian', 'fisher', 'wanda', 'l0'])
 def test_no_hint(word):
     "A word that no criterion here means has no hint"
     with pytest.raises(ValueError, match='^((?!Did you mean).)*$'): get_criteria(word)

@@ -68,7 +68,8 @@ named = dict(
     agp=[(0, 0), (.199, 0), (.2, 0), (.4, .578125), (.6, .875), (1, 1)],
     cos=[(0, 0), (.25, .146446609407), (1/3, .25), (.5, .5), (1, 1)],  # (1-cos 45°)/2 = (1-.707106781187)/2
     lin=[(0, 0), (.25, .25), (1, 1)],
-    dsd=[(0, 0), (1/6, .25), (.5, 1), (1, 0)])
+    dsd=[(0, 0), (1/6, .25), (.5, 1), (1, 0)],
+    at_start=[(0, 1), (.5, 1), (1, 1)])
 
 
 @pytest.mark.parametrize('name,pos,s', [(n, *o) for n, points in named.items() for o in points])
@@ -172,7 +173,7 @@ def test_nearest(name, right):
 @pytest.mark.parametrize('word,right', [
     ('gradual', "'agp'"), ('automated_gradual_pruning', "'agp'"), ('cosine_annealing', "'cosine'"),
     ('SchedCos', "'cosine'"), ('sched_lin', "'linear'"), ('dense_sparse_dense', "'dsd'"),
-    ('constant', 'lambda pos: 1, '), ('none', 'lambda pos: 1, ')])
+    ('constant', "'at_start'"), ('none', "'at_start'")])
 def test_hints(word, right):
     "A word of another library is answered with the same schedule"
     with pytest.raises(ValueError, match=f"Did you mean {right}.*Allowed: one_cycle, .*linear"): get_schedule(word)

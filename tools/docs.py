@@ -25,11 +25,11 @@ repo = f'{cfg.git_url}/blob/{cfg.branch}'
 work, site = Path('_proc'), Path('_docs')
 pages, texts = work/'pages', work/'texts'
 
-# The sidebar has a group of pages for each of these captions, with the notebooks that match the pattern.
+# The sidebar has a group of pages for each of these captions, with the notebooks that match its patterns.
 groups = {
     'Tutorials': 'tutorials/*',
     'How-to': 'howto/*',
-    'Reference': '[01][1-9]*',
+    'Reference': ['0[1-9]*', '[12]*'],
     'Reference: selection': 'select/*',
     'Reference: deployment': 'deploy/*',
     'Reference: methods': 'methods/*',
@@ -189,8 +189,8 @@ def page(path):
 
 def sidebar():
     "A table of contents for each group that has notebooks, in the order of their file names"
-    for caption, pattern in groups.items():
-        files = sorted(cfg.nbs_path.glob(f'{pattern}.ipynb'))
+    for caption, patterns in groups.items():
+        files = sorted(f for pattern in L(patterns) for f in cfg.nbs_path.glob(f'{pattern}.ipynb'))
         listed = [page(f.relative_to(cfg.nbs_path)).with_suffix('').as_posix() for f in files]
         toctree = fenced('\n'.join([':hidden:', f':caption: {caption}', *listed]), '{toctree}')
         if listed: yield mk_cell(toctree, 'markdown')

@@ -26,10 +26,11 @@ def _score(w, o, formula):
     "A score, by one of `numba_kernels.formulas`"
     if formula==0: return abs(w)
     if formula==1: return -abs(w)
-    if formula==2: return abs(o)
+    if formula==2: return o
     if formula==3: return abs(w-o)
     if formula==4: return abs(w*o)
     if formula==6: return abs(w)-abs(o)
+    if formula==7: return abs(w*(w-o))
     a,b = abs(w),abs(o)
     return a if a < b or a!=a else b # as in torch, NaN if one of them is
 

@@ -76,7 +76,8 @@ def _unknown(like): return np.iinfo(like.dtype).max # higher than each key
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #8d2dc56d
 #: The scores that the kernels compute, from a weight w and the number o at its place in the other tensor
-formulas = {'|w|': 0, '-|w|': 1, '|o|': 2, '|w-o|': 3, '|w*o|': 4, 'min(|w|,|o|)': 5, '|w|-|o|': 6}
+formulas = {'|w|': 0, '-|w|': 1, 'o': 2, '|w-o|': 3, '|w*o|': 4, 'min(|w|,|o|)': 5, '|w|-|o|': 6,
+    '|w*(w-o)|': 7}
 only_integers = '|w|', '-|w|' # in any precision; the others in float32 and float64
 
 _int8, _int32, _int64 = map(ir.IntType, (8, 32, 64))
@@ -113,11 +114,12 @@ def _score_bits(builder, formula, w, load_other):
         is_a = builder.or_(builder.fcmp_unordered('uno', a, a), builder.fcmp_ordered('<', a, b))
         return _int(builder.select(is_a, a, b))
     of_weights = [lambda: _positive(w), lambda: _negative(w)]
-    of_both = [lambda: _positive(load_other()),
+    of_both = [load_other,
         lambda: _positive(_int(builder.fsub(_float(w), _float(load_other())))),
         lambda: _positive(_int(builder.fmul(_float(w), _float(load_other())))),
         _smaller,
-        lambda: _int(builder.fsub(*_magnitudes()))]
+        lambda: _int(builder.fsub(*_magnitudes())),
+        lambda: _positive(_int(builder.fmul(_float(w), builder.fsub(_float(w), _float(load_other())))))]
     bits, end = cgutils.alloca_once(builder, kind), builder.append_basic_block('scored')
     switch = builder.switch(formula, end)
     for i,score in enumerate(of_weights + of_both*bool(floats)):
