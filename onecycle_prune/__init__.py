@@ -32,6 +32,7 @@
 - `onecycle_prune.granularity`: Which weights are pruned together: single weights, or groups of them
 - `onecycle_prune.guard`: Keep the model pruned, whatever happens in a fit
 - `onecycle_prune.layers`: Which layers are pruned, and what their tensors are called
+- `onecycle_prune.methods.activations`: Activation functions with learned scales, for sparse networks
 - `onecycle_prune.methods.tickets`: Lottery tickets: train, prune, rewind and train again, in one call
 - `onecycle_prune.notices`: Warnings at the start of a fit
 - `onecycle_prune.observe`: What happens in one forward pass: which norms follow a filter, and which weights are used
