@@ -37,6 +37,7 @@
 - `onecycle_prune.notices`: Warnings at the start of a fit
 - `onecycle_prune.observe`: What happens in one forward pass: which norms follow a filter, and which weights are used
 - `onecycle_prune.pools`: The layers that compete, and how many of their groups shall be pruned
+- `onecycle_prune.regrow`: Whether pruned weights may return, and which
 - `onecycle_prune.report`: Tables and plots of a pruned model and of its training
 - `onecycle_prune.schedule`: The share of the target sparsity that is reached at each position of the training
 - `onecycle_prune.select.bits`: The bits of a weight as an integer, zeros written in place, and memory layouts

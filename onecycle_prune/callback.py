@@ -20,7 +20,7 @@ from pathlib import Path
 from warnings import warn
 from ._utils import explain_arguments
 from .batchnorm import LatestBatches, check_n_batches
-from .checkpoint import load_memory, save_memory, weights_hash
+from .checkpoint import load_masks, load_memory, save_masks, save_memory, weights_hash
 from .criteria import get_criteria, needs_step
 from .distributions import needs_inputs
 from .granularity import get_granularity
@@ -28,6 +28,7 @@ from .guard import KeepPruned, Override, restore_methods
 from .layers import check_layers, describe_layers
 from .notices import PrunedBefore, warn_at_start
 from .pools import check_sparsity, get_context
+from .regrow import get_regrow
 from .schedule import get_schedule, schedules
 from .sparsifier import Sparsifier, argument_hints
 
@@ -55,23 +56,29 @@ class SparsifyCallback(Callback):
         # Groups compete in each layer ('local') or across layers ('global', the default for weights and whole layers),
         # or layers share a budget: 'erk', 'lamp', 'multiply_adds' or a `ByCost`
         context=None,
-        # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores
-        criteria='large_final',
-        # When: a name in `schedules`, or a function of position to progress, both in [0, 1], such as `SchedCos(0, 1)`
-        schedule='one_cycle',
+        # Importance of a weight: a name in `criteria`, a `Criteria`, or a function of a module to scores;
+        # by default 'large_final', or that of `regrow`
+        criteria=None,
+        # When: a name in `schedules`, or a function of position to progress, both in [0, 1], such as `SchedCos(0, 1)`;
+        # by default 'one_cycle', or that of `regrow`
+        schedule=None,
         # Classes, names, modules, or a function of a module to bool; by default all layers in `prunable(model)`
         layers=None,
         # Batches that batch-norm statistics are estimated from, before each validation and at the end; 0: never
-        bn_batches:int=12
+        bn_batches:int=12,
+        # Whether pruned weights may return: a name in `regrowths`, an `Exchange`, or None
+        regrow=None
     ):
         "Raises `ValueError` if an argument is not one of these, with the allowed ones and the nearest right word"
         # The sparsifier checks these again. A mistake raises here, before any training.
-        groups = get_granularity(granularity)
+        groups,regrow = get_granularity(granularity),get_regrow(regrow)
+        if context is None: context = regrow.context
+        if criteria is None: criteria = regrow.criteria
         get_context(context, groups)
         get_criteria(criteria)
         check_layers(layers)
         sparsity = check_sparsity(sparsity, groups.sparsity)
-        schedule = get_schedule(schedule)
+        schedule = get_schedule(regrow.schedule if schedule is None else schedule)
         check_n_batches(bn_batches)
         store_attr()
 
@@ -80,9 +87,10 @@ class SparsifyCallback(Callback):
         criteria = getattr(get_criteria(self.criteria), '__name__', self.criteria)
         schedule = next((n for n,s in schedules.items() if s is self.schedule), self.schedule)
         layers = '' if self.layers is None else f', layers={describe_layers(self.layers)}'
+        regrow = f', regrow={self.regrow!r}' if self.regrow.has_state else ''
         context = get_context(self.context, granularity)
         return (f"SparsifyCallback({self.sparsity}, granularity={granularity.name!r}, context={context!r}, "
-                f"criteria={criteria!r}, schedule={schedule!r}{layers})")
+                f"criteria={criteria!r}, schedule={schedule!r}{layers}{regrow})")
 
     def before_fit(self):
         "Build the sparsifier, and add a column to the training table"
@@ -101,16 +109,22 @@ class SparsifyCallback(Callback):
         self.latest_batches.keep(self.model, self.xb)
 
     # A step may be cancelled before it is made, as by a gradient scaler. fastai calls `after_step` all the same.
-    def before_step(self): self.is_stepping = True
+    def before_step(self):
+        self.is_stepping = True
+        self.method.before_step()
 
-    def after_cancel_step(self): self.is_stepping = False
+    def after_cancel_step(self):
+        self.is_stepping = False
+        self.sparsifier.apply()
 
     def after_step(self):
         "Prune to the sparsity of the schedule at the end of this batch"
         if not self.is_stepping: return
         self.is_stepping = False
         size = epoch_size(self.learn)
-        self.current = self._prune_to((self.epoch*size + self.iter + 1) / (self.n_epoch*size))
+        batch,n_batches = self.epoch*size + self.iter + 1,self.n_epoch*size
+        self.current = self._prune_to(self.method.position(batch, n_batches))
+        self.method.after_prune(batch, n_batches, self.opt)
 
     def after_cancel_batch(self):
         "Zero what is pruned already, if the batch was cancelled between the step of the optimizer and the pruning"
@@ -148,6 +162,12 @@ class SparsifyCallback(Callback):
         "The file that holds the memory of a criterion, next to the checkpoints"
         return self.path/self.model_dir/f'{self.column}_memory.pth'
 
+    def masks_file(self,
+        epoch:int # How many epochs are done
+    )->Path:
+        "The file that holds the masks of a checkpoint whose zeros do not say them, as with `regrow`"
+        return self.path/self.model_dir/f'{self.column}_masks_{epoch}.pth'
+
     def _prune_to(self, pos):
         "Prune to the sparsity of the schedule at `pos` in [0, 1]; return the fraction of the groups that are pruned"
         progress = self.schedule(pos)
@@ -155,8 +175,8 @@ class SparsifyCallback(Callback):
         if progress < self.schedule(self.pos): self.sparsifier.clear_floor()
         self.pos = pos
         sparsity = self.sparsity
-        if not isinstance(sparsity, dict): return self.sparsifier.prune(progress*sparsity)
-        return self.sparsifier.prune({k: progress*s for k,s in sparsity.items()})
+        if not isinstance(sparsity, dict): return self.method.prune(progress*sparsity)
+        return self.method.prune({k: progress*s for k,s in sparsity.items()})
 
     def _prune_at_start(self):
         "If the schedule begins with its end, prune before the first step; criteria that need a step prune after it"
@@ -195,6 +215,9 @@ class SparsifyCallback(Callback):
         self._raise_if_overlap(sparsifier)
         sparsifier.check(self.sparsity)
         warn_at_start(self.learn, sparsifier, self.sparsity, only=self.layers is not None)
+        self.method = self.regrow.begin(sparsifier)
+        if self.start and self.method.has_state:
+            self.method.load_state_dict(load_masks(self.masks_file(self.start), sparsifier))
         sparsifier.set_floor(self.sparsity)
         self.checkpoint_hashes = load_memory(self.memory_file, sparsifier, self.start) if self.start else {}
         # The fraction of the groups that are pruned.
@@ -220,7 +243,9 @@ class SparsifyCallback(Callback):
         path = save(file, **kwargs)
         if not self.sparsifier: return path
         self.checkpoint_hashes[self.epoch+1] = weights_hash(self.sparsifier)
-        if not rank_distrib(): save_memory(self.memory_file, self.sparsifier, self.checkpoint_hashes)
+        if rank_distrib(): return path
+        save_memory(self.memory_file, self.sparsifier, self.checkpoint_hashes)
+        if self.method.has_state: save_masks(self.masks_file(self.epoch+1), self.sparsifier, self.method.state_dict())
         return path
 
     def _end(self):

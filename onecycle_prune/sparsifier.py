@@ -168,6 +168,15 @@ class Sparsifier:
         return (sum(targets) - self.n_missing) / max(1, n_groups)
 
     @torch.no_grad()
+    def set_masks(self,
+        pruned:dict[str, torch.Tensor] # {layer name: bool, True = pruned, in the shape of `pruned[layer name]`}
+    ):
+        "Replace masks of layers, and zero what is pruned; `prune` goes on from there"
+        for n,p in pruned.items(): self.pruned[n].copy_(p)
+        for pool in self.pools: pool.n_pruned = None
+        self.apply()
+
+    @torch.no_grad()
     def score(self,
         batches, # Pairs of inputs and targets, each a tensor or a tuple of tensors
         loss_func # Function of the model's output and of the targets to a number
