@@ -28,6 +28,9 @@ compare-widths: $(BENCH)  ## train narrow networks in three ways, at equal multi
 compare-found: $(DEMO)  ## train with the suggestions of sparsity_find, and compare with dense
 	@$(BIN)/ocp-compare-found $(ARGS)
 
+compare-methods: $(DEMO)  ## train the methods of the field at equal budget
+	@$(BIN)/ocp-compare-methods $(ARGS)
+
 compare-times: $(DEMO)  ## time the networks of recorded trainings after speed_up
 	@$(BIN)/ocp-times $(ARGS)
 
@@ -96,4 +99,4 @@ $(DEV): $(DEMO)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo compare compare-widths compare-found compare-times bench-widths bench bench-check reliability example test prepare docs outputs clean
+.PHONY: help install demo compare compare-widths compare-found compare-methods compare-times bench-widths bench bench-check reliability example test prepare docs outputs clean

@@ -25,6 +25,7 @@
 - `onecycle_prune.experiments.deployed`: What a trained network gains when it is used: dense, pruned, compressed, sped up
 - `onecycle_prune.experiments.found`: Whether the suggestions of `sparsity_find` keep what a training promises
 - `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued
+- `onecycle_prune.experiments.methods`: The methods of the field beside one-cycle pruning, at equal budget
 - `onecycle_prune.experiments.sweep`: One recipe at several sparsities: what is kept, and what it costs
 - `onecycle_prune.experiments.times`: How fast the networks of recorded trainings are
 - `onecycle_prune.experiments.widths`: What a narrower network costs, and three ways to train one
@@ -33,6 +34,7 @@
 - `onecycle_prune.guard`: Keep the model pruned, whatever happens in a fit
 - `onecycle_prune.layers`: Which layers are pruned, and what their tensors are called
 - `onecycle_prune.methods.activations`: Activation functions with learned scales, for sparse networks
+- `onecycle_prune.methods.distill`: Train a sparse network with a teacher
 - `onecycle_prune.methods.tickets`: Lottery tickets: train, prune, rewind and train again, in one call
 - `onecycle_prune.notices`: Warnings at the start of a fit
 - `onecycle_prune.observe`: What happens in one forward pass: which norms follow a filter, and which weights are used
