@@ -10,7 +10,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/criteria.html.md"""
 __all__ = ['criteria', 'criteria_aliases', 'fused', 'large_final', 'small_final', 'squared_final', 'needs_gradient', 'taylor',
            'Criteria', 'large_init', 'small_init', 'large_init_large_final', 'small_init_small_final',
            'magnitude_increase', 'magnitude_change', 'movement', 'movmag', 'updating_movement', 'updating_movmag',
-           'updating_magnitude_increase', 'AtInit', 'needs_step', 'Drawn', 'Shuffled', 'get_criteria', 'Variety']
+           'updating_magnitude_increase', 'AtInit', 'Wanda', 'needs_step', 'Drawn', 'Shuffled', 'get_criteria',
+           'Variety']
 
 # %% ../nbs/02_criteria.ipynb #2de2aba8
 import sys,torch
@@ -195,6 +196,8 @@ def _given(w, scores): return scores
 
 def _no_scores(w): return torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
 
+def _scaled(w, norms): return (w*norms).abs()
+
 class AtInit(Criteria):
     "A criterion that scores a network once, before its training"
     formula = 'o'
@@ -210,6 +213,19 @@ class AtInit(Criteria):
 
     def __reduce__(self): return type(self), (self.score, self.rounds)
     def __repr__(self): return f'AtInit({self.__name__}, rounds={self.rounds})'
+
+class Wanda(Criteria):
+    """Keep large weights with large inputs: |w|·‖x‖ (Sun et al., arXiv 2306.11695). The norms are those of the \
+batches that `Sparsifier.score` gets, which is the first one in a training. The weights are those of each step."""
+    formula = '|w*o|'
+    rounds = 1
+    def __init__(self):
+        super().__init__(_scaled, _no_scores)
+        self.score = at_init.input_norms
+        self.__name__ = 'wanda'
+
+    def __reduce__(self): return Wanda, ()
+    def __repr__(self): return 'Wanda()'
 
 def needs_step(
     criterion # As `get_criteria` gives it
@@ -257,7 +273,7 @@ criteria = dict(large_final=large_final, small_final=small_final, squared_final=
     small_init_small_final=small_init_small_final, magnitude_increase=magnitude_increase,
     magnitude_change=magnitude_change, movement=movement, movmag=movmag, updating_movement=updating_movement,
     updating_movmag=updating_movmag, updating_magnitude_increase=updating_magnitude_increase,
-    snip=AtInit(at_init.snip), grasp=AtInit(at_init.grasp), synflow=AtInit(at_init.synflow, rounds=100))
+    wanda=Wanda(), snip=AtInit(at_init.snip), grasp=AtInit(at_init.grasp), synflow=AtInit(at_init.synflow, rounds=100))
 #: {second name: name}
 criteria_aliases = dict(magnitude='large_final', l1='large_final', l2='squared_final', mov_large_final='movmag')
 criteria |= {alias: criteria[name] for alias,name in criteria_aliases.items()}

@@ -346,6 +346,68 @@ class TestChanged:
         with pytest.raises(ValueError, match="Did you mean 'snip'"): kind('snipp')
 
 
+class TestWanda:
+    def test_linear(self):
+        "|w|·‖x‖ over all positions of all items, in the mean of the items"
+        m = line(3., -2.)
+        x = tensor([[[1., 0], [2, 2]], [[2, 1], [0, 2]]])  # 2 items of 2 positions: squares 1+4+4 and 4+1+4
+        sp = Sparsifier(m, criteria='wanda')
+        sp.score([(x[:1], None), (x[1:], None)], None)
+        scores = sp.criteria(m, sp.memory[''])
+        torch.testing.assert_close(scores, tensor([[3*(9/2)**.5, 2*(9/2)**.5]]))
+
+    @pytest.mark.parametrize('m', [
+        nn.Conv2d(4, 6, 3, stride=2), nn.Conv2d(4, 6, 2, groups=2), nn.ConvTranspose2d(4, 6, 3),
+        nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 4, 3, groups=4), nn.Conv3d(4, 2, 1)], ids=repr)
+    def test_convolutions(self, m):
+        "The norm of an input channel, for each weight that reads it: by its effect on the output"
+        x = torch.randn(3, 4, *[6]*(m.weight.ndim-2), generator=torch.Generator().manual_seed(0))
+        norms = at_init.input_norms(m, [(x, None)])['']
+        assert norms.shape == m.weight.shape
+        for i in range(m.weight.numel()):
+            one = torch.zeros(m.weight.numel()).index_fill_(0, tensor([i]), 1.)
+            copied = fill(copy.deepcopy(m), one)
+            copied.bias.data.zero_()
+            alone = [copied(x * (torch.arange(4) == c).view(4, *[1]*(x.ndim-2))).any() for c in range(4)]
+            expected = x[:, alone.index(True)].square().sum()/3
+            assert sum(alone) == 1 and float(norms.view(-1)[i]) == pytest.approx(float(expected)**.5)
+
+    def test_follows_the_weights(self, tmp_path):
+        "The norms are of the first batch, and the weights of each step"
+        learn = tiny_learner(tmp_path)
+        x, _ = next(iter(learn.dls.train))
+        norms = at_init.input_norms(learn.model, [(x, None)])
+        at_end = dict(context='local', schedule=lambda pos: float(pos == 1))
+        learn.fit(2, 1e-2, cbs=SparsifyCallback(.5, criteria='wanda', **at_end))
+        fresh = tiny_learner(tmp_path)
+        fresh.fit(2, 1e-2)
+        for n, m in layers_of(fresh.model).items():
+            lowest = (m.weight.abs()*norms[n]).flatten().argsort()[:m.weight.numel()//2]
+            assert (layers_of(learn.model)[n].weight.flatten()[lowest] == 0).all()
+
+    def test_trained_network(self):
+        "Without any training: one call prunes a network by a few batches"
+        net = tiny_net()
+        sp = Sparsifier(net, context='local', criteria='wanda')
+        sp.prune_at_init(.5, tiny_batches())
+        norms = at_init.input_norms(tiny_net(), tiny_batches())
+        for n, m in layers_of(tiny_net()).items():
+            scores = m.weight.abs()*norms[n]
+            assert scores[~sp.masks[n]].max() < scores[sp.masks[n]].min()
+
+    def test_resumes(self, tmp_path):
+        assert_resumes(lambda: tiny_learner(tmp_path), criteria='wanda', sparsity=.8)
+
+    def test_other_layers(self):
+        net = nn.LSTM(3, 4)
+        with pytest.raises(ValueError, match='convolutions and linear layers. These are others: '):
+            Sparsifier(net, criteria='wanda').prune_at_init(.5, [(torch.randn(2, 3, 3), None)])
+
+    def test_pickle(self):
+        c = pickle.loads(pickle.dumps(get_criteria('wanda')))
+        assert repr(c) == 'Wanda()' and c.formula == '|w*o|' and c.rounds == 1
+
+
 class TestErrors:
     def test_not_scored(self):
         net = tiny_net()

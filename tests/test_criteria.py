@@ -31,7 +31,7 @@ of_start = ['large_init_large_final', 'small_init_small_final', 'magnitude_incre
 of_last = ['updating_movement', 'updating_movmag', 'updating_magnitude_increase']
 memories = dict.fromkeys(of_start, 'start') | dict.fromkeys(of_last, 'last')
 of_init = ['large_init', 'small_init']  # their memory is the score
-at_init = ['snip', 'grasp', 'synflow']  # tested in test_at_init
+at_init = ['snip', 'grasp', 'synflow', 'wanda']  # tested in test_at_init
 
 
 @pytest.mark.parametrize('name', by_hand)
@@ -243,7 +243,7 @@ def test_hints_in_code(word):
 
 
 @pytest.mark.parametrize('word', [
-    'weight', 'saliency', 'hessian', 'fisher', 'wanda', 'l0'])
+    'weight', 'saliency', 'hessian', 'fisher', 'l0'])
 def test_no_hint(word):
     "A word that no criterion here means has no hint"
     with pytest.raises(ValueError, match='^((?!Did you mean).)*$'): get_criteria(word)
