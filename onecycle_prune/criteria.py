@@ -216,7 +216,8 @@ class AtInit(Criteria):
 
 class Wanda(Criteria):
     """Keep large weights with large inputs: |w|·‖x‖ (Sun et al., arXiv 2306.11695). The norms are those of the \
-batches that `Sparsifier.score` gets, which is the first one in a training. The weights are those of each step."""
+batches that `Sparsifier.score` gets, which is the first one in a training. The weights are those of each step. Norms \
+differ much between layers, so take `context='local'`."""
     formula = '|w*o|'
     rounds = 1
     def __init__(self):
