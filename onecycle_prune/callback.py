@@ -182,7 +182,7 @@ class SparsifyCallback(Callback):
         "If the schedule begins with its end, prune before the first step; criteria that need a step prune after it"
         self.has_begun = True
         sparsifier,batches = self.sparsifier,[(self.xb, self.yb)]
-        if self.schedule(self.pos)==1 and not needs_step(sparsifier.criteria):
+        if self.schedule(self.pos)==self.schedule(1.)==1 and not needs_step(sparsifier.criteria):
             self.current = sparsifier.prune_at_init(self.sparsity, batches, self.learn.loss_func)
         elif not sparsifier.has_scored: sparsifier.score(batches, self.learn.loss_func)
 
