@@ -9,6 +9,7 @@ import pytest, torch
 from fastai.basics import Callback, rank_distrib
 from fastai.callback.all import SaveModelCallback
 from onecycle_prune.callback import SparsifyCallback
+from onecycle_prune.regrow import Exchange, Soft
 from torch import distributed
 
 pytest.importorskip('accelerate')  # `fastai.distributed` needs it
@@ -22,6 +23,8 @@ area = 'Many processes'
 cases = [(criterion, context) for criterion in ('large_final', 'random', 'movement') for context in ('local', 'global')]
 cases += [('large_final', context, 'structured') for context in ('local', 'global')]
 cases += [(o, context) for o in ('large_final', 'movement') for context in ('erk', 'lamp', 'multiply_adds')]
+cases += [('snip', 'global')]
+regrowths = dict(gradient=Exchange('gradient', every=1), any=Exchange('random', every=1), soft=Soft())
 epochs = 4
 n_batches = 3  # of the five batches of `tiny_dls`, each process has three
 runs = dict(whole=0, resumed=2)  # the first epoch of each
@@ -32,9 +35,10 @@ def as_ints(net):
     return {n: p.detach().clone().view(torch.int32) for n, p in net.named_parameters()}
 
 
-def train(learn, criterion='large_final', context='local', granularity='weight', cbs=(), **kwargs):
+def train(learn, criterion='large_final', context='local', granularity='weight', regrow=None, cbs=(), **kwargs):
     "Train with pruning; return the weights before, the masks before each epoch, the state after each batch, the end"
-    net, cb, masks, inputs = learn.model, SparsifyCallback(.9, granularity, context, criterion), [], []
+    net, masks, inputs = learn.model, [], []
+    cb = SparsifyCallback(.9, granularity, context, criterion, regrow=regrow)
     before, group = as_ints(net), 'weight' if granularity == 'weight' else 'filter'
     def note_first(self):
         if self.training and self.iter == 0: masks.append(cb.sparsifier.masks)
@@ -71,6 +75,11 @@ def work(folder):
         torch.manual_seed(20+rank)
         with other.distrib_ctx(sync_bn=False, cpu=True): resumed = train(other, *case, start_epoch=runs['resumed'])
         torch.save(dict(case=case, whole=whole, resumed=resumed), folder/str(rank)/f'{name}.seen')
+    for name, regrow in regrowths.items():
+        learn = tiny_learner(folder/str(rank)/name)
+        torch.manual_seed(rank)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): seen = train(learn, regrow=regrow)
+        torch.save(seen, folder/str(rank)/f'{name}.seen')
     distributed.destroy_process_group()
 
 
@@ -100,6 +109,18 @@ def assert_exact(seen, context, n=n_batches, skip=0):
     positions = {'0': 16, '3': 4, '8': 1}  # of the outputs of `tiny_net`
     def cost(i, o): return sum(n*o[k][i] for k, n in positions.items())
     for o, s in zip(counts, sparsities, strict=True): assert 0 <= s*cost(1, o) - cost(0, o) < 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', regrowths)
+def test_regrowth(folder, name):
+    "Where weights return, they are the same in both processes, also if any may return"
+    seen = [torch.load(folder/r/f'{name}.seen') for r in '01']
+    assert_same(seen[0]['batches'], seen[1]['batches'])
+    masks = [b['masks'] for b in seen[0]['batches']]
+    assert sum(int((b[n] & ~a[n]).sum()) for a, b in zip(masks, masks[1:]) for n in a) > 0
+    for mask, s in zip(masks, curve('one_cycle', .9, n_batches*epochs), strict=True):
+        for o in mask.values(): assert int((~o).sum()) == min(round(s*o.numel()), o.numel()-1)
 
 
 @pytest.mark.slow

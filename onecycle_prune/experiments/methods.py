@@ -52,7 +52,7 @@ class MethodRun:
     lr:float # Highest learning rate
 
     def __str__(self):
-        return f'{self.arch}, {self.data}, {self.epochs} epochs, seed {self.seed}, {self.method} {self.sparsity:.0%}'
+        return f'{self.arch}, {self.data}, {self.epochs} epochs, seed {self.seed}, {self.method} {self.sparsity:g}'
 
     def callback(self)->SparsifyCallback|None:
         "The callback that prunes, or None if dense; raises `ValueError` for another method or sparsity"
