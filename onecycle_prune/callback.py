@@ -252,7 +252,7 @@ class SparsifyCallback(Callback):
         "Leave the learner as it was, and hold the model weakly"
         restore_methods(self.learn)
         self.learn.remove_cb(self.keeper)
-        self.keeper = None
+        self.keeper = self.method = None # which may hold a copy of the weights
         if self.sparsifier: self.sparsifier.release()
         self.latest_batches = None
         if self.sparsities and self.pos < 1:

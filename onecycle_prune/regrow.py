@@ -15,6 +15,7 @@ __all__ = ['growths', 'regrowths', 'Keep', 'exchange', 'forget', 'Exchange', 'So
 import math, torch
 from copy import copy
 from fastcore.basics import store_attr
+from torch import distributed
 from ._utils import raise_unknown
 from .schedule import SchedAGP, Schedule
 from .select.core import Problem, select
@@ -99,7 +100,7 @@ def exchange(
         if not scores.isfinite().all():
             raise ValueError(f"The gradient of layer '{n}' is NaN or infinite, so no weight can grow by it.")
         # Processes that train together grow the same weights.
-        if torch.distributed.is_initialized(): torch.distributed.broadcast(scores, 0)
+        if distributed.is_available() and distributed.is_initialized(): distributed.broadcast(scores, 0)
         dropped = _select(pruned, n_pruned+k, g.reduce(m.weight.abs(), m))
         masks[n] = ~_select(~dropped, n_left, g.reduce(-scores, m), protect=False)
         grown[n] = g.expand(pruned & ~masks[n], m)
@@ -191,7 +192,7 @@ al., *Dynamic Model Pruning with Feedback*, arXiv 2006.07253)"""
     @torch.no_grad()
     def prune(self, sparsity):
         for n,w in self._weights(): self.values[n].copy_(w)
-        self.sparsifier.set_masks({n: torch.zeros_like(p) for n,p in self.sparsifier.pruned.items()})
+        self.sparsifier.set_masks({n: torch.zeros_like(self.sparsifier.pruned[n]) for n in self.sparsifier.layers})
         return self.sparsifier.prune(sparsity)
 
     def _weights(self):

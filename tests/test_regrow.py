@@ -1,5 +1,5 @@
 "Weights that return: exact counts, what grows, the optimizer's state, and trainings that continue from a checkpoint."
-import copy, math
+import copy, math, weakref
 
 import pytest, torch
 from fastai.basics import Adam, Callback, CancelStepException, OptimWrapper
@@ -223,6 +223,14 @@ class TestSoft:
         assert [count(o) for o in see.masks] == [round(.8*total_weights*o) for o in map(
             SparsifyCallback(.8).schedule, [(i+1)/20 for i in range(20)])]
         assert sum(int((m.weight == 0).sum()) for m in layers_of(learn.model).values()) == round(.8*total_weights)
+
+    def test_no_copy_is_left(self, tmp_path):
+        "After a training nothing holds the values of pruned weights"
+        cb, held = SparsifyCallback(.8, regrow='soft'), []
+        learn = tiny_learner(tmp_path)
+        keep = Callback(after_train=lambda self: held.extend(map(weakref.ref, cb.method.values.values())))
+        learn.fit(1, 1e-2, cbs=[cb, keep])
+        assert len(held) == 3 and not any(o() is not None for o in held)
 
     @pytest.mark.parametrize('error', [CancelStepException, RuntimeError])
     def test_a_step_that_fails(self, error, tmp_path):
