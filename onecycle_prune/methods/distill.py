@@ -11,7 +11,7 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/methods/distill.html.md"""
 # %% auto #0
 __all__ = ['distillation_loss', 'DistillCallback', 'SimulatedPruning']
 
-# %% ../../nbs/methods/62_distill.ipynb #5056f9dd
+# %% ../../nbs/methods/62_distill.ipynb #15244bdb
 import math,torch,torch.nn.functional as F
 from fastai.callback.rnn import RNNCallback
 from fastai.learner import Callback, Learner, load_learner
@@ -26,7 +26,7 @@ from ..select.core import Problem, select
 from pathlib import Path
 from torch import nn
 
-# %% ../../nbs/methods/62_distill.ipynb #9326c927
+# %% ../../nbs/methods/62_distill.ipynb #8ddc9da0
 def distillation_loss(
     pred:torch.Tensor, # Of the student, before softmax, of any shape with an axis for the classes
     teacher_pred:torch.Tensor, # Of the teacher, in the same shape
@@ -41,7 +41,7 @@ Knowledge in a Neural Network*, arXiv 1503.02531)"""
     divergence = F.kl_div(student, teacher, reduction='none', log_target=True).sum(axis)
     return temperature**2 * divergence.mean()
 
-# %% ../../nbs/methods/62_distill.ipynb #2833aeb9
+# %% ../../nbs/methods/62_distill.ipynb #bfc78cce
 class _Teacher:
     "A model that is asked, and never changed"
     # The model is an attribute of this object, not of the callback: `SparsifyCallback` prunes the averages of the
@@ -80,7 +80,7 @@ def _get_teacher(teacher):
                       "that `learn.export` wrote")
     return _Teacher(teacher)
 
-# %% ../../nbs/methods/62_distill.ipynb #f4198e70
+# %% ../../nbs/methods/62_distill.ipynb #5c561652
 def _check_weight(weight):
     "Raise `ValueError` if this is neither a weight nor a schedule of weights"
     pos = [i/1000 for i in range(1001)]
@@ -178,7 +178,7 @@ classes."""
                              f"This training, with {self.loss_func}, has others.")
         self.is_checked = True
 
-# %% ../../nbs/methods/62_distill.ipynb #ab5844a5
+# %% ../../nbs/methods/62_distill.ipynb #b706feaf
 class SimulatedPruning(Callback):
     """In each training batch, prune more weights for the forward and the backward pass alone (after the simulated \
 pruning of Fontana et al., *Distilled Gradual Pruning with Pruned Fine-Tuning*, openreview GFqs5r1QkB)"""
