@@ -68,6 +68,9 @@ def _check(sparsities, rewind, sparsifier):
         name = getattr(criterion, '__name__', criterion)
         raise ValueError(f"{name!r} ranks by the last step of a training. Tickets are pruned after a training: take a "
                          "criterion of the weights, such as 'large_final' or 'movement'.")
+    if not sparsifier.has_scored:
+        raise ValueError(f"{criterion.__name__!r} scores a network before its training, and tickets are pruned after "
+                         "one: take a criterion of the weights, such as 'large_final' or 'movement'.")
     sparsifier.check(sparsities[-1])
 
 def _train(learn, fit, cb, *others):

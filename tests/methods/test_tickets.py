@@ -235,6 +235,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=f"'{criterion}' ranks by the last step.*'large_final'"):
             find_tickets(new_learner(), never, criteria=criterion)
 
+    @pytest.mark.parametrize('criterion', ['snip', 'wanda'])
+    def test_criteria_before_a_training(self, new_learner, criterion):
+        with pytest.raises(ValueError, match=f"'{criterion}' scores a network before its training.*'large_final'"):
+            find_tickets(new_learner(), never, criteria=criterion)
+
     @pytest.mark.parametrize('wrong,error,match', [
         (dict(criteria='magnitud'), ValueError, "Did you mean 'magnitude'"),
         (dict(granularity='wieght'), ValueError, "Did you mean 'weight'"),
@@ -262,7 +267,7 @@ class TestErrors:
         with pytest.raises(ValueError, match='single fit'): find_tickets(new_learner(), _twice, rewind=1)
 
     def test_unused(self, new_learner):
-        "A function that drops the callbacks is told so after the dense training, or after the first ticket"
+        "A function that drops the callbacks gets an error after the dense training, or after the first ticket"
         def _drops(learn, cbs): learn.fit(1)
         def _drops_later(learn, cbs): learn.fit(1, cbs=[o for o in cbs if isinstance(o, RewindPoint)])
         for wrong in (_drops, _drops_later):
