@@ -17,9 +17,8 @@ from fastcore.script import call_parse
 from dataclasses import dataclass
 from ..callback import SparsifyCallback
 from .data import get_dls, get_source
-from .grid import make_record, records_of, remaining
+from .grid import train_remaining
 from .networks import get_arch
-from .records import append_record, read_records
 from ..finder import FoundSparsity # the module adds `sparsity_find` to learners
 
 # %% ../../nbs/experiments/51_found.ipynb #cc5e6f58
@@ -90,7 +89,4 @@ def compare_found(
         for arch in parse_list(archs): get_arch(arch)
         for context in parse_list(contexts): SparsifyCallback(.5, context=context)
     except ValueError as e: sys.exit(f'ocp-compare-found: {e}')
-    for run in remaining(runs, read_records(out)):
-        print(run, flush=True)
-        append_record(out, make_record(run, train_found))
-    print(found_table(records_of(runs, read_records(out))).round(2).to_string())
+    print(found_table(train_remaining(runs, out, train_found)).round(2).to_string())

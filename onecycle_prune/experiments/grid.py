@@ -158,6 +158,17 @@ def estimate_seconds(
     return run.epochs*np.median(times) if times else np.nan
 
 # %% ../../nbs/experiments/33_grid.ipynb #338549bf
+def train_remaining(
+    runs:list, # All trainings, dataclasses of settings
+    out:Path, # File of records
+    do # Does a training, as for `make_record`
+)->list[dict]: # The records of `runs`, also those that were there before
+    "Do and record the trainings that have no record, one after the other"
+    for run in remaining(runs, read_records(out)):
+        print(run, flush=True)
+        append_record(out, make_record(run, do))
+    return records_of(runs, read_records(out))
+
 def _take_part(runs, part):
     "Every n-th of `runs`, starting from the i-th, if `part` is 'i/n'"
     m = re.fullmatch(r'(\d+)/(\d+)', part)

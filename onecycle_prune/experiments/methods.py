@@ -21,9 +21,8 @@ from ..callback import SparsifyCallback
 from ..criteria import Drawn, Shuffled
 from .analysis import accuracy_table, finished_runs
 from .data import get_dls, get_source
-from .grid import ValidateLast, make_record, records_of, remaining
+from .grid import ValidateLast, train_remaining
 from .networks import get_arch
-from .records import append_record, read_records
 from ..methods.distill import DistillCallback
 from ..report import sparsity_report
 from ..schedule import SchedOneCycle, Schedule
@@ -127,7 +126,4 @@ def compare_methods(
         runs = list(dict.fromkeys(runs)) # each dense one once
         for run in runs: run.callback()
     except ValueError as e: sys.exit(f'ocp-compare-methods: {e}')
-    for run in remaining(runs, read_records(out)):
-        print(run, flush=True)
-        append_record(out, make_record(run, train_method))
-    print(methods_table(records_of(runs, read_records(out))).to_string())
+    print(methods_table(train_remaining(runs, out, train_method)).to_string())

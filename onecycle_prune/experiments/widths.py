@@ -32,9 +32,8 @@ from ..deploy.shrink import shrink
 from ..deploy.speed_up import median_and_spread, time_in_turn
 from .analysis import finished_runs
 from .data import get_dls, get_source
-from .grid import ValidateLast, make_record, records_of, remaining
+from .grid import ValidateLast, train_remaining
 from .networks import count_params_and_macs, get_arch, resnet18_cifar
-from .records import append_record, read_records
 from ..sparsifier import Sparsifier
 
 # %% ../../nbs/experiments/50_widths.ipynb #7dd553df
@@ -152,10 +151,7 @@ def compare_widths(
         runs = width_runs(parse_list(methods), parse_list(removed, float), parse_list(contexts), parse_list(seeds, int),
             **settings)
     except ValueError as e: sys.exit(f'ocp-compare-widths: {e}')
-    for run in remaining(runs, read_records(out)):
-        print(run, flush=True)
-        append_record(out, make_record(run, train_width))
-    print(width_table(records_of(runs, read_records(out))).round(3).to_string())
+    print(width_table(train_remaining(runs, out, train_width)).round(3).to_string())
 
 # %% ../../nbs/experiments/50_widths.ipynb #b4381e81
 @torch.no_grad()
