@@ -59,7 +59,7 @@ endif
 test: $(DEV)  ## check the style, run the notebooks, then the tests
 	$(BIN)/ruff check
 	$(BIN)/nbdev-test
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile tests
 
 prepare: $(DEV)  ## write the package and README.md from the notebooks
 	$(BIN)/nbdev-export

@@ -147,7 +147,8 @@ class TestFound:
     @pytest.mark.parametrize('how', [
         dict(granularity='filter'), dict(granularity='structured'), dict(granularity='kernel', layers=nn.Conv2d),
         dict(context='erk'), dict(context='lamp'), dict(context='multiply_adds'), dict(context='local'),
-        dict(criteria=lambda m: m.weight.square()), dict(layers=['0', '3'])], ids=str)
+        dict(criteria=lambda m: m.weight.square()), dict(layers=['0', '3'])],
+        ids=['filter', 'structured', 'kernel', 'erk', 'lamp', 'multiply_adds', 'local', 'function', 'layers'])
     def test_settings(self, trained, how):
         "Any setting of the callback that can be measured without a training"
         found = trained().sparsity_find(**few | how)

@@ -346,7 +346,8 @@ class TiedHead(nn.Module):
     def forward(self, x): return self.head(self.block(self.embed(x)))
 
 
-@pytest.mark.parametrize('layers', [None, [nn.Linear, Conv1D], lambda m: True], ids=str)
+@pytest.mark.parametrize('layers', [None, [nn.Linear, Conv1D], lambda m: True],
+                         ids=['all', 'classes', 'function'])
 def test_tied_head_is_left_out(layers):
     net = TiedHead()
     with pytest.warns(UserWarning, match=r'embedding are not pruned: head\. To prune them, name them'):

@@ -469,7 +469,8 @@ class TestErrors:
     @pytest.mark.parametrize('loss_func,targets,n_out', [
         (MSELossFlat(), lambda y: y.float(), 1), (nn.MSELoss(), lambda y: torch.randn(len(y), 2), 2),
         (BCEWithLogitsLossFlat(), lambda y: nn.functional.one_hot(y, 4).float()*2, 4),
-        (nn.BCEWithLogitsLoss(), lambda y: torch.tensor([[1., 1, 0, 0]]).expand(len(y), 4), 4)], ids=str)
+        (nn.BCEWithLogitsLoss(), lambda y: torch.tensor([[1., 1, 0, 0]]).expand(len(y), 4), 4)],
+        ids=['MSELossFlat', 'MSELoss', 'BCEWithLogitsLossFlat', 'BCEWithLogitsLoss'])
     def test_no_classes(self, tmp_path, loss_func, targets, n_out):
         x, y = tiny_data()
         items = list(zip(x, targets(y)))
@@ -496,7 +497,7 @@ class TestErrors:
     def test_arguments(self, teacher, kwargs, message):
         with pytest.raises(ValueError, match=message): DistillCallback(teacher, **kwargs)
 
-    @pytest.mark.parametrize('given', [None, 3, Forked, lambda x: x], ids=str)
+    @pytest.mark.parametrize('given', [None, 3, Forked, lambda x: x], ids=['None', 'number', 'class', 'function'])
     def test_no_teacher(self, given):
         with pytest.raises(ValueError, match='Unknown teacher: .*a trained `Learner`'): DistillCallback(given)
 
