@@ -31,7 +31,8 @@ from ..schedule import SchedOneCycle, Schedule
 _at_init = dict(schedule='at_start')
 #: {method: arguments of `SparsifyCallback`}
 recipes = dict(one_cycle={}, one_cycle_local=dict(context='local'), one_cycle_erk=dict(context='erk'),
-    beta_5=dict(schedule=Schedule(SchedOneCycle(0, 1, β=5))), movmag=dict(criteria='movmag'), distilled={},
+    beta_5=dict(schedule=Schedule(SchedOneCycle(0, 1, β=5))), movmag=dict(criteria='movmag'),
+    distilled={}, distilled_counted={},
     soft=dict(regrow='soft'), granet=dict(regrow='granet'), rigl=dict(regrow='rigl'), set=dict(regrow='set'),
     random=dict(context='erk', criteria='random') | _at_init, snip=dict(criteria='snip') | _at_init,
     snip_drawn=dict(criteria=Drawn('snip')) | _at_init, snip_shuffled=dict(criteria=Shuffled('snip')) | _at_init,
@@ -53,10 +54,14 @@ class MethodRun:
     def __str__(self):
         return f'{self.arch}, {self.data}, {self.epochs} epochs, seed {self.seed}, {self.method} {self.sparsity:g}'
 
+    @property
+    def student_epochs(self)->int: return self.epochs//2 if self.method=='distilled_counted' else self.epochs
+
     def callback(self)->SparsifyCallback|None:
-        "The callback that prunes, or None if dense; raises `ValueError` for another method or sparsity"
+        "The callback that prunes, or None if dense; raises `ValueError` for a wrong method, sparsity or budget"
         if self.method=='dense': return None
         if self.method not in recipes: raise_unknown('method', self.method, ['dense', *recipes])
+        if not self.student_epochs: raise ValueError('A teacher that is counted needs at least 2 epochs, got 1.')
         return SparsifyCallback(self.sparsity, **recipes[self.method])
 
 # %% ../../nbs/experiments/54_methods.ipynb #bd268f14
@@ -66,20 +71,24 @@ def _learner(run):
     net = get_arch(run.arch)(num_classes=dls.c)
     return Learner(dls, net, CrossEntropyLossFlat(), metrics=accuracy, cbs=ValidateLast())
 
-def _fit(learn, run, cbs):
-    with learn.no_bar(), learn.no_logging(): return timed_fit(learn, run.epochs, run.lr, cbs)
+def _fit(learn, epochs, run, cbs=None):
+    with learn.no_bar(), learn.no_logging(): return timed_fit(learn, epochs, run.lr, cbs)
+
+def _teacher(run):
+    "A dense network, trained for the rest of the budget, or for as long as a student that takes all of it"
+    learn = _learner(run)
+    return learn,_fit(learn, run.epochs-run.student_epochs or run.epochs, run)['seconds']
 
 def train_method(
     run:MethodRun # The training to do
 )->dict: # accuracy in [0, 1]; seconds, and those of the teacher; zeros, {layer name: number}
     "Train with a method"
     cbs,teacher_seconds = [run.callback()],0.
-    if run.method=='distilled':
-        teacher = _learner(run)
-        teacher_seconds = _fit(teacher, run, None)['seconds']
+    if run.method.startswith('distilled'):
+        teacher,teacher_seconds = _teacher(run)
         cbs.append(DistillCallback(teacher))
     learn = _learner(run)
-    result = _fit(learn, run, [cb for cb in cbs if cb])
+    result = _fit(learn, run.student_epochs, run, [cb for cb in cbs if cb])
     report = sparsity_report(learn.model)
     zeros = report[report['shape']!=''].set_index('layer').zeros.to_dict()
     return result | dict(teacher_seconds=teacher_seconds, zeros=zeros)

@@ -1,5 +1,9 @@
 "The methods of the field at equal budget: each trains, is recorded, and prunes as many weights"
+from dataclasses import replace
+
 import pytest
+from onecycle_prune.experiments import methods
+from onecycle_prune.experiments.common import timed_fit
 from onecycle_prune.experiments.methods import (MethodRun, compare_methods, methods_table, n_collapsed, recipes,
     train_method)
 from onecycle_prune.experiments.networks import get_arch
@@ -17,10 +21,10 @@ def run(method, sparsity=.9): return MethodRun(arch, 'digits', 128, 1, 0, method
 @pytest.mark.parametrize('method', recipes)
 def test_arguments(method):
     "Each method has a callback of its own"
-    cb = run(method).callback()
+    cb = replace(run(method), epochs=2).callback()
     assert cb.sparsity == .9 and cb.granularity == 'weight'
-    others = [repr(run(o).callback()) for o in recipes if o != method]
-    assert repr(cb) not in others or method in ('one_cycle', 'distilled')
+    others = [repr(replace(run(o), epochs=2).callback()) for o in recipes if o != method]
+    assert repr(cb) not in others or method in ('one_cycle', 'distilled', 'distilled_counted')
 
 
 @pytest.mark.parametrize('method', ['one_cycle', 'distilled', 'rigl', 'snip_shuffled'])
@@ -32,6 +36,22 @@ def test_train(method):
     assert round(.9*sum(sizes.values())) <= reached <= round(.91*sum(sizes.values()))
     assert result['zeros'].keys() == sizes.keys() and 0 <= result['accuracy'] <= 1 and result['seconds'] > 0
     assert (result['teacher_seconds'] > 0) == (method == 'distilled')
+
+
+@pytest.mark.parametrize('method,epochs', [('distilled', [2, 2]), ('distilled_counted', [1, 1])])
+def test_budget_of_teacher(method, epochs, monkeypatch):
+    "The teacher is trained apart from the budget, or within it"
+    fitted = []
+    def fit(learn, n, lr, cbs):
+        fitted.append(n)
+        return timed_fit(learn, n, lr, cbs)
+    monkeypatch.setattr(methods, 'timed_fit', fit)
+    assert train_method(replace(run(method), epochs=2))['teacher_seconds'] > 0
+    assert fitted == epochs
+
+
+def test_no_budget():
+    with pytest.raises(ValueError, match='at least 2 epochs'): run('distilled_counted').callback()
 
 
 def test_dense():
