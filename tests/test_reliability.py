@@ -6,12 +6,13 @@ from functools import partial
 
 import pandas as pd, pytest, torch
 from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
-    CancelTrainException, DataLoader, DataLoaders, OptimWrapper, accuracy, load_learner, params)
+    CancelTrainException, DataLoader, DataLoaders, Learner, OptimWrapper, accuracy, load_learner, params)
 from fastai.callback.all import (CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp,
     SaveModelCallback, ShortEpochCallback, TerminateOnNaNCallback)
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ranger
 from onecycle_prune.criteria import criteria
+from onecycle_prune.experiments.common import BFloat16
 from torch import nn
 
 from helpers import Probe, assert_same, before_training_batches, bits, run_python
@@ -530,10 +531,12 @@ class TestFastai:
 class TestPrecision:
     "Precision and layout"
 
-    @pytest.mark.parametrize('mixed', ['to_bf16', 'to_fp16'])
-    def test_mixed(self, new_learner, prune, at_target, mixed):
+    # On a CPU, fastai's own callbacks leave the precision as it is, and `BFloat16` changes it.
+    @pytest.mark.parametrize('mix', [Learner.to_bf16, Learner.to_fp16, lambda learn: learn.add_cb(BFloat16())],
+        ids=['to_bf16', 'to_fp16', 'BFloat16'])
+    def test_mixed(self, new_learner, prune, at_target, mix):
         "to_fp16 and to_bf16"
-        learn = getattr(new_learner(), mixed)()
+        learn = mix(new_learner())
         learn.fit(2, 1e-2, cbs=prune(.9))
         at_target(learn.model)
 

@@ -12,7 +12,7 @@ __all__ = ['prune_methods', 'BatchTimer', 'step_time', 'middle_schedule', 'metho
            'bench_batchnorm', 'slower', 'bench']
 
 # %% ../../nbs/experiments/36_bench.ipynb #e41e1888
-from .common import env_info, gpu_callbacks, parse_list, save_plot # before fastai
+from .common import env_info, fast_callbacks, parse_list, save_plot # before fastai
 import ctypes, gc, os, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -95,7 +95,7 @@ def bench_steps(
     n:int, # Batches to measure
     total:int, # Batches of the whole training
     rounds:int, # Times that each method is measured
-    common_cbs=() # Functions that make callbacks for all trainings, as `gpu_callbacks` returns them
+    common_cbs=() # Functions that make callbacks for all trainings, as `fast_callbacks` returns them
 )->pd.DataFrame: # A row for each round and method: network, round, method, milliseconds
     "Train with all methods in turn, from the same weights on the same batch"
     model = get_arch(arch)(num_classes=10).to(batch[0].device)
@@ -305,7 +305,7 @@ def bench_batchnorm(
     batch:tuple[torch.Tensor, torch.Tensor], # Inputs and classes, on the device to measure
     n:int, # Batches of the epoch, at least 2
     rounds:int, # Trainings of one epoch, with the estimate and without it
-    common_cbs=() # Functions that make callbacks for all trainings, as `gpu_callbacks` returns them
+    common_cbs=() # Functions that make callbacks for all trainings, as `fast_callbacks` returns them
 )->pd.DataFrame: # A row for each round: network, batches, epoch_s, estimate_s, end_s, added in per cent
     "How much longer an epoch is with the estimate; `end_s` is what follows the last batch without an estimate"
     model = get_arch(arch)(num_classes=10).to(batch[0].device)
@@ -376,7 +376,7 @@ def bench(
     out = Path(out)
     device = default_device()
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
-    common_cbs = gpu_callbacks(bf16, channels_last)
+    common_cbs = fast_callbacks(bf16, channels_last)
     archs,names = parse_list(archs),parse_list(names)
     sizes = [10**i for i in range(6, len(str(max_weights)))]
     trained = dict(bs=bs, size=size, sparsity=sparsity)

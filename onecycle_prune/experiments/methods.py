@@ -21,17 +21,16 @@ from ..callback import SparsifyCallback
 from ..criteria import Drawn, Shuffled
 from .analysis import accuracy_table, finished_runs
 from .data import get_dls, get_source
-from .grid import ValidateLast, train_remaining
+from .grid import ValidateLast, train_remaining, variants
 from .networks import get_arch
 from ..methods.distill import DistillCallback
 from ..report import sparsity_report
-from ..schedule import SchedOneCycle, Schedule
 
 # %% ../../nbs/experiments/54_methods.ipynb #f22fa561
 _at_init = dict(schedule='at_start')
 #: {method: arguments of `SparsifyCallback`}
 recipes = dict(one_cycle={}, one_cycle_local=dict(context='local'), one_cycle_erk=dict(context='erk'),
-    beta_5=dict(schedule=Schedule(SchedOneCycle(0, 1, β=5))), movmag=dict(criteria='movmag'),
+    beta_5=dict(schedule=variants['one_cycle_beta_5']), movmag=dict(criteria='movmag'),
     distilled={}, distilled_counted={},
     soft=dict(regrow='soft'), granet=dict(regrow='granet'), rigl=dict(regrow='rigl'), set=dict(regrow='set'),
     random=dict(context='erk', criteria='random') | _at_init, snip=dict(criteria='snip') | _at_init,

@@ -3,16 +3,19 @@ import json, os, signal, subprocess, sys, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import onecycle_prune.experiments.grid as compare, pytest
+import onecycle_prune.experiments.grid as compare, pytest, torch
+from onecycle_prune.batchnorm import estimate_batchnorms
 from onecycle_prune.experiments.grid import Run, grid, make_record, train
 from onecycle_prune.experiments.data import get_dls
 from onecycle_prune.experiments.analysis import read_runs
 from onecycle_prune.experiments.networks import get_arch
 from onecycle_prune.experiments.records import append_record, read_records
-from onecycle_prune.report import sparsity_report
+from torch import nn
+
+from reference import layers_of
 
 run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0,
-    'one_cycle', .9, 'local', 'large_final', 20, 3e-3, False, False, 12)
+    'one_cycle', .9, 'local', 'all', 'large_final', 20, 3e-3, False, False, 0., 12)
 args = ('--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 '
         '--seeds 0,1').split()
 # The script that pip writes for an entry of console_scripts
@@ -54,7 +57,7 @@ def test_killed_and_continued(start):
     with start.out.open('a') as f: f.write('{"arch": "resn')  # as a full disk leaves it
     printed, warned = start().communicate(timeout=300)
     assert printed.splitlines()[-1] == '0 trainings remain'
-    assert 'resnet18_cifar_quarter, digits, local, large_final, seeds: 2' in printed
+    assert 'resnet18_cifar_quarter, digits, local, all, large_final, seeds: 2' in printed
     assert '\r' not in printed and 'Warning' not in warned
     records = read_records(start.out)
     assert start.out.read_text().startswith(before) and len(records) == 4 and {settings(r) for r in records} == every
@@ -115,12 +118,13 @@ def test_failed_is_tried_again_when_asked(call, monkeypatch):
 
 
 def test_ends_with_the_accuracies(call):
-    "One table for each network, set of images, context and criterion, of the trainings of this grid alone"
+    "One table for each network, set of images and way to prune, of the trainings of this grid alone"
     call(seeds='3', sparsities='.5')  # in the file, and not in the grid below
     printed = call(seeds='0', schedules='dense,agp', contexts='local,global')
     _, heading, local, globally, last = [block.splitlines() for block in printed.strip().split('\n\n')]
     assert heading[0].startswith('Accuracy in per cent')
-    assert [local[0], globally[0]] == [f'{run.arch}, digits, {c}, large_final, seeds: 1' for c in ('local', 'global')]
+    headings = [f'{run.arch}, digits, {c}, all, large_final, seeds: 1' for c in ('local', 'global')]
+    assert [local[0], globally[0]] == headings
     for table in (local, globally):
         assert table[1].split() == ['agp', 'dense']
         cells = [line.split()[-3:] for line in table[3:]]
@@ -187,6 +191,8 @@ def test_done_by_another_meanwhile(call, monkeypatch):
     (dict(sparsities='.8,x'), r"'x'"),
     (dict(schedules='dense,agb'), r"'agb'. Did you mean 'agp'\?"),
     (dict(contexts='globl'), r"Did you mean 'global'\?"),
+    (dict(layers='all,convs'), r"'convs'. Did you mean 'conv'\?"), (dict(smoothing=1.), r'smoothing'),
+    (dict(bn_batches=-1), r'-1'),
     (dict(criteria='large_finl'), r"Did you mean 'large_final'\?"),
     (dict(epochs='0'), r'epochs'), (dict(bs=0), r'bs'), (dict(size=-1), r'size'), (dict(images=-5), r'images'),
     (dict(seeds=''), r"''"),
@@ -200,10 +206,52 @@ def test_refuses(given, says, call):
 
 
 def test_dense_is_trained_once():
-    runs = grid([run.arch], ['digits'], [.8, .9, .95], ['dense', 'one_cycle'], ['local', 'global'],
-        ['large_final', 'random'], [2], [0, 1], bs=20, lr=.01, bf16=False, channels_last=False)
+    runs = grid([run.arch], ['digits'], [.8, .9, .95], ['dense', 'one_cycle'], ['local', 'global'], ['all'],
+        ['large_final', 'random'], [2], [0, 1], bs=20, lr=.01, bf16=False, channels_last=False, smoothing=0.,
+        bn_batches=12)
     assert len(runs) == len(set(runs)) == 2*(1 + 3*2*2)
     assert [r.seed for r in runs] == [0]*13 + [1]*13  # seed by seed
+
+
+def accuracy_of(model):
+    right = [(model(x).argmax(1) == y).float() for x, y in get_dls('digits', images=100).valid]
+    return sum(map(sum, right)).item()/360
+
+
+@pytest.mark.parametrize('schedule', ['one_cycle', 'dense'])
+def test_both_statistics(schedule, monkeypatch):
+    "A record has the accuracy with running statistics, and with statistics that are estimated again, also if dense"
+    accuracies, models = [], []
+    def _estimate(learn, **kwargs):
+        models.append(learn.model)
+        accuracies.append(accuracy_of(learn.model.eval()))
+        return estimate_batchnorms(learn, **kwargs)
+    monkeypatch.setattr(compare, 'estimate_batchnorms', _estimate)
+    result = train(replace(run, schedule=schedule, epochs=2))
+    accuracies.append(accuracy_of(models[0].eval()))
+    assert [result['running'], result['accuracy']] == pytest.approx(accuracies) and len(set(accuracies)) == 2
+    running = train(replace(run, schedule=schedule, epochs=2, bn_batches=0))
+    assert running['running'] == running['accuracy'] == result['running'] and len(models) == 1
+
+
+def test_convolutions_only():
+    "The paper's setting leaves the linear layer dense"
+    zeros = train(replace(run, layers='conv'))['zeros']
+    sizes = {n: m.weight.numel() for n, m in layers_of(get_arch(run.arch)(num_classes=10)).items()}
+    assert zeros == {n: 0 if n == '7' else round(.9*size) for n, size in sizes.items()}
+
+
+@pytest.mark.parametrize('bf16', [False, True])
+def test_precision(bf16, monkeypatch):
+    "Mixed precision computes in bfloat16, also on a CPU, and weights stay in float32"
+    seen = set()
+    class Look(compare.ValidateLast):
+        order = 100
+        def before_fit(self): self.learn.model[0][0].register_forward_hook(_look)
+    def _look(m, x, y): seen.add((m.weight.dtype, y.dtype))
+    monkeypatch.setattr(compare, 'ValidateLast', Look)
+    train(replace(run, bf16=bf16, channels_last=True, bn_batches=0))
+    assert seen == {(torch.float32, torch.bfloat16 if bf16 else torch.float32)}
 
 
 def test_record_says_what_was_trained(monkeypatch):
@@ -217,8 +265,7 @@ def test_record_says_what_was_trained(monkeypatch):
     weights = {n: m.weight.numel() for n, m in model.named_modules() if n in zeros}
     assert zeros == {n: round(.9*w) for n, w in weights.items()}
     assert r['reached'] == sum(zeros.values())/sum(weights.values())
-    right = [(model(x).argmax(1) == y).float() for x, y in get_dls('digits', images=100).valid]
-    assert r['accuracy'] == pytest.approx(sum(map(sum, right)).item()/360)
+    assert r['accuracy'] == pytest.approx(accuracy_of(model))
     assert json.loads(json.dumps(r)) == r and r['torch'] and r['device'] and r['version']
 
 
@@ -238,7 +285,7 @@ def test_all_schedules_start_alike(monkeypatch):
 def test_validates_once(monkeypatch):
     learners, fit = [], compare.timed_fit
     monkeypatch.setattr(compare, 'timed_fit', lambda learn, *args: learners.append(learn) or fit(learn, *args))
-    train(replace(run, epochs=3))
+    train(replace(run, epochs=3, bn_batches=0))
     names = learners[0].recorder.metric_names[1:-1]
     assert [*names] == ['train_loss', 'valid_loss', 'accuracy', 'sparsity']
     assert [len(v) for v in learners[0].recorder.values] == [2, 2, 4]
@@ -262,11 +309,10 @@ def test_results_in_the_repository(path):
     done = [r for r in records if r['state'] == 'done']
     assert done and len(done) == len({tuple(r[f.name] for f in fields(Run)) for r in done})
     classes = dict(digits=10, cifar10=10, cifar100=100, caltech101=101)
-    def layer_sizes(arch, data):
-        report = sparsity_report(get_arch(arch)(num_classes=classes[data]))
-        return {o.layer: o.weights for o in report.itertuples() if o.shape}
-    sizes = {o: layer_sizes(*o) for o in {(r['arch'], r['data']) for r in done}}
+    networks = {o: layers_of(get_arch(o[0])(num_classes=classes[o[1]])) for o in {(r['arch'], r['data']) for r in done}}
     for r in done:
-        weights = {n: sizes[r['arch'], r['data']][n] for n in r['zeros']}
-        if r['context'] == 'global': assert sum(r['zeros'].values()) == round(r['sparsity']*sum(weights.values()))
-        else: assert r['zeros'] == {n: round(r['sparsity']*w) for n, w in weights.items()}
+        layers = networks[r['arch'], r['data']]
+        pruned = {n: m.weight.numel() for n, m in layers.items() if r['layers'] != 'conv' or isinstance(m, nn.Conv2d)}
+        assert not any(z for n, z in r['zeros'].items() if n not in pruned)
+        if r['context'] == 'global': assert sum(r['zeros'].values()) == round(r['sparsity']*sum(pruned.values()))
+        else: assert {n: r['zeros'][n] for n in pruned} == {n: round(r['sparsity']*w) for n, w in pruned.items()}
