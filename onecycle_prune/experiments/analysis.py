@@ -8,10 +8,10 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/analysis.html.
 
 # %% auto #0
 __all__ = ['read_runs', 'finished_runs', 'paper_runs', 'paper_runs_and_default', 'accuracies', 'accuracy_table', 'budget_table',
-           'as_markdown', 'differences', 'plot_accuracy']
+           'as_markdown', 'holm', 'differences', 'plot_accuracy']
 
 # %% ../../nbs/experiments/34_analysis.ipynb #5c44981e
-import math, matplotlib.pyplot as plt, pandas as pd
+import math, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from scipy import stats
 from .records import read_records
 
@@ -116,6 +116,17 @@ def as_markdown(
     rows = [[*df], ['---']*df.shape[1], *df.itertuples(index=False)]
     return _MarkdownTable('\n'.join('|' + '|'.join(map(str, row)) + '|' for row in rows))
 
+# %% ../../nbs/experiments/34_analysis.ipynb #193559a8
+def holm(
+    p # Of each comparison, in [0, 1]; NaN where there was none
+)->np.ndarray: # As many values, in [0, 1]
+    "Correct p values for the number of comparisons ([Holm 1979](https://www.jstor.org/stable/4615733))"
+    p = np.asarray(p, float)
+    order = np.argsort(p)[:np.isfinite(p).sum()] # NaN comes last
+    corrected = np.full_like(p, math.nan)
+    corrected[order] = np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected
+
 # %% ../../nbs/experiments/34_analysis.ipynb #7bdf65aa
 def differences(
     df:pd.DataFrame, # As for `accuracies`, with each seed once
@@ -123,9 +134,11 @@ def differences(
     by='sparsity', # As for `accuracies`
     what:str='schedule', # As for `accuracies`
     level:float=.95 # Of the confidence interval, in (0, 1)
-)->pd.DataFrame: # Columns mean, low and high, in percentage points, and n, the number of pairs; rows by `by` and `what`
-    """The mean difference of each other value of `what` from `to`, paired by seed, with its confidence interval (NaN
-    for one pair); raises `ValueError` if there is no training of `to`"""
+)->pd.DataFrame: # Columns mean, low and high in percentage points, p in [0, 1], and n pairs; rows by `by` and `what`
+    """The mean difference of each other value of `what` from `to`, paired by seed, with its confidence interval
+
+    `p` is that of a paired t-test, corrected by `holm` for all rows. It and the interval are NaN for one pair. Raises
+    `ValueError` if there is no training of `to`."""
     _check_not_empty(df)
     if to not in df[what].values: raise ValueError(f'There is no training with {what} {to!r} to compare with.')
     by = _as_list(by)
@@ -136,13 +149,15 @@ def differences(
     names = [*by, what]
     no_rows = pd.MultiIndex.from_product([[]]*len(names), names=names)
     index = pd.MultiIndex.from_tuples(rows, names=names) if rows else no_rows
-    return pd.DataFrame(list(rows.values()), index=index, columns=['mean', 'low', 'high', 'n'], dtype=float)
+    table = pd.DataFrame(list(rows.values()), index=index, columns=['mean', 'low', 'high', 'p', 'n'], dtype=float)
+    return table.assign(p=holm(table.p))
 
 # %% ../../nbs/experiments/34_analysis.ipynb #b10cf075
 def _mean_and_interval(diff, level):
-    "Mean, low and high end of the confidence interval, and number, of paired differences"
-    if len(diff)==1: return diff.mean(),math.nan,math.nan,1
-    return diff.mean(),*stats.t.interval(level, len(diff)-1, diff.mean(), stats.sem(diff)),len(diff)
+    "Mean, low and high end of the confidence interval, p value, and number, of paired differences"
+    if len(diff)==1: return diff.mean(),math.nan,math.nan,math.nan,1
+    test = stats.ttest_1samp(diff, 0)
+    return diff.mean(),*test.confidence_interval(level),test.pvalue,len(diff)
 
 # %% ../../nbs/experiments/34_analysis.ipynb #f2e56692
 def plot_accuracy(
