@@ -31,6 +31,9 @@ compare-found: $(DEMO)  ## train with the suggestions of sparsity_find, and comp
 compare-methods: $(DEMO)  ## train the methods of the field at equal budget
 	@$(BIN)/ocp-compare-methods $(ARGS)
 
+compare-sizes: $(DEMO)  ## train large and sparse networks, and small and dense ones
+	@$(BIN)/ocp-compare-sizes $(ARGS)
+
 compare-times: $(DEMO)  ## time the networks of recorded trainings after speed_up
 	@$(BIN)/ocp-times $(ARGS)
 
@@ -99,4 +102,4 @@ $(DEV): $(DEMO)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo compare compare-widths compare-found compare-methods compare-times bench-widths bench bench-check reliability example test prepare docs outputs clean
+.PHONY: help install demo compare compare-widths compare-found compare-methods compare-sizes compare-times bench-widths bench bench-check reliability example test prepare docs outputs clean
