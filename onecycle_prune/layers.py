@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from ._utils import raise_unknown
-from .granularity import conv, layer_kind, linear, recurrent, Granularity
+from .granularity import conv, Experts, layer_kind, linear, recurrent, Granularity
 from warnings import warn
 
 # %% ../nbs/04_layers.ipynb #7d6a0621
@@ -84,7 +84,7 @@ def kind_name(
     m:nn.Module # A layer of `prunable`
 )->str:
     "The class of a layer in words; for a parameter that belongs to no layer, the class of the module that holds it"
-    return type(m.module).__name__ if type(m) is Weight and not m.like else m.__class__.__name__
+    return type(m.module).__name__ if type(m) is Weight and m.like in (None, Experts) else m.__class__.__name__
 
 # %% ../nbs/04_layers.ipynb #15a8a9ca
 _embeddings = (nn.Embedding, nn.EmbeddingBag)
@@ -128,7 +128,8 @@ def _named_layers(model:nn.Module)->Iterator[tuple[str,nn.Module,bool]]:
         for k,(name,like) in views.items(): yield f'{prefix}.{name}'.lstrip('.'),Weight(m, k, like),True
         for k,p in m._parameters.items():
             if k in views or is_layer and k=='weight' or p is None or is_lazy(p): continue
-            if p.ndim > 1 and p.is_floating_point(): yield f'{prefix}.{k}'.lstrip('.'),Weight(m, k),False
+            if p.ndim > 1 and p.is_floating_point():
+                yield f'{prefix}.{k}'.lstrip('.'),Weight(m, k, Experts if p.ndim==3 else None),False
 
 def _has_one_weight(m)->bool:
     "Whether `m` is a layer with a `weight` that can be pruned"
@@ -336,8 +337,8 @@ def _match_in(key, everything, default, granularity)->list[str]:
 def _warn_of_tied(keys, everything, default, chosen, granularity):
     "Warn of layers that `keys` would choose, if they did not share their weight with an embedding"
     weights = {id(_identity(m)) for m in (*default.values(), *chosen.values())}
-    tied = {n: m for n,m in everything.items() if layer_kind(m)!='other' and id(_identity(m)) not in weights
-            and granularity.supports(m)}
+    tied = {n: m for n,m in everything.items() if layer_kind(m) in ('conv', 'linear')
+            and id(_identity(m)) not in weights and granularity.supports(m)}
     names = {n for key in keys if not _is_explicit(key) for n in match(key, tied)}
     if names:
         warn(f"Layers that share their weight with an embedding are not pruned: {', '.join(sorted(names))}. "
