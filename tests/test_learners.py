@@ -102,6 +102,14 @@ def test_costs_of_a_text_classifier():
     assert table['without zeros']['sparse'] == table['multiply-adds']['sparse']//2
 
 
+def test_budget_of_a_text_classifier():
+    "A budget in multiply-adds takes in the weights that an AWD-LSTM copies"
+    learn = text_classifier()
+    learn.fit(1, 1e-2, cbs=SparsifyCallback(.8, context='multiply_adds'))
+    table = costs(dict(sparse=learn), tokens, seconds=.01)
+    assert table['without zeros']['sparse']/table['multiply-adds']['sparse'] == pytest.approx(.2, abs=.005)
+
+
 @pytest.mark.filterwarnings('error:.*share.*:UserWarning')
 def test_language_model_by_name():
     "A language model whose head is asked for by name: the embedding shares its weight, and is pruned with it"
