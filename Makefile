@@ -59,8 +59,9 @@ ifeq ($(shell command -v nvidia-smi),)
 test outputs: export TRITON_INTERPRET = 1
 endif
 
-test: $(DEV)  ## check the style, run the notebooks, then the tests
+test: $(DEV)  ## check style and spelling, run the notebooks, then the tests
 	$(BIN)/ruff check
+	$(BIN)/codespell
 	$(BIN)/nbdev-test
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile tests
 

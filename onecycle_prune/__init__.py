@@ -25,12 +25,12 @@
 - `onecycle_prune.experiments.deployed`: What a trained network gains when it is used: dense, pruned, compressed, sped up
 - `onecycle_prune.experiments.found`: Whether the suggestions of `sparsity_find` keep what a training promises
 - `onecycle_prune.experiments.grid`: The paper's experiment: a grid of trainings that can be interrupted and continued
-- `onecycle_prune.experiments.methods`: The methods of the field beside one-cycle pruning, at equal budget
+- `onecycle_prune.experiments.methods`: One-cycle pruning and the other methods of the field, at equal budget
 - `onecycle_prune.experiments.sizes`: A large and sparse network, or a small and dense one, with as many weights that are not zero
 - `onecycle_prune.experiments.sweep`: One recipe at several sparsities: what is kept, and what it costs
 - `onecycle_prune.experiments.times`: How fast the networks of recorded trainings are
 - `onecycle_prune.experiments.widths`: What a narrower network costs, and three ways to train one
-- `onecycle_prune.finder`: How much can go, and where: one call before a training
+- `onecycle_prune.finder`: How much can be pruned, and where: one call before a training
 - `onecycle_prune.granularity`: Which weights are pruned together: single weights, or groups of them
 - `onecycle_prune.guard`: Keep the model pruned, whatever happens in a fit
 - `onecycle_prune.layers`: Which layers are pruned, and what their tensors are called

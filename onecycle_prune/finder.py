@@ -1,4 +1,4 @@
-"""How much can go, and where: one call before a training
+"""How much can be pruned, and where: one call before a training
 
 `learn.sparsity_find()` answers for pruning what `lr_find` answers for the learning rate. It prunes copies of the model to many sparsities, without training, and measures each on a part of the validation set. It prunes each layer alone too, so that one sees which layers are sensitive.
 

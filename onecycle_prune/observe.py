@@ -204,26 +204,40 @@ def computed_weights(
             if found and not any(_keeps_zeros(weights[n], *o) for o in found)]
 
 # %% ../nbs/05_observe.ipynb #e011e099
+_copies = torch.ops.aten.clone, torch.ops.aten._to_copy
+
 class _Counter(TorchDispatchMode):
-    "Counts the multiply-adds of all operations, and of those with each weight"
+    "Counts the multiply-adds of all operations, and of those with each weight or a copy of it"
     def __init__(self, weights):
         super().__init__()
-        self.places = {n: range(w.data_ptr(), w.data_ptr() + w.numel()*w.element_size()) for n,w in weights.items()}
+        self.places = {n: [self._place(w)] for n,w in weights.items()}
+        self.copies = [] # kept, so that their memory is not used again
         self.total,self.with_weight = 0,dict.fromkeys(weights, 0)
+
+    def _place(self, t): return range(t.data_ptr(), t.data_ptr() + t.numel()*t.element_size())
+
+    def _weights_in(self, t): return [n for n,places in self.places.items() if any(t.data_ptr() in o for o in places)]
+
+    def _follow(self, t, copy):
+        "fastai's AWD-LSTM, for one, computes with copies of its weights"
+        for name in self._weights_in(t):
+            self.places[name].append(self._place(copy))
+            self.copies.append(copy)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         formula = flop_registry.get(func._overloadpacket)
         if not formula: # an operation of several steps
             with self: result = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if result is NotImplemented else result
+            if result is NotImplemented: result = func(*args, **kwargs)
+            if func._overloadpacket in _copies: self._follow(args[0], result)
+            return result
         result = func(*args, **kwargs)
         n = formula(*args, **kwargs, out_val=result)//2
         self.total += n
         for t in tree_flatten(args)[0]:
             if not isinstance(t, torch.Tensor): continue
-            for name,place in self.places.items():
-                if t.data_ptr() in place: self.with_weight[name] += n
+            for name in self._weights_in(t): self.with_weight[name] += n
         return result
 
 @contextmanager

@@ -9,6 +9,7 @@ from fastai.text.all import (
 from fastai.vision.all import unet_learner
 from fastai.vision.gan import GANLearner, basic_critic, basic_generator
 from onecycle_prune.callback import SparsifyCallback
+from onecycle_prune.deploy.costs import costs
 from onecycle_prune.granularity import get_granularity
 from onecycle_prune.layers import choose, coverage, prunable, warn_of_coverage
 from onecycle_prune.report import sparsity_report
@@ -87,6 +88,26 @@ def test_text_classifier():
         rnn(torch.zeros(1, 1, rnn.module.input_size))
         assert n_zeros([rnn.module.weight_hh_l0]) == n_zeros([rnn.weight_hh_l0_raw]) > 0
     assert coverage(learn, prunable(learn))[1].keys() == {'Embedding'}
+
+
+def test_costs_of_a_text_classifier():
+    "Zeros of weights that an AWD-LSTM copies in each forward pass are counted, also of a learner not trained yet"
+    learn = text_classifier()
+    assert learn.model.training
+    sparse = text_classifier()
+    Sparsifier(sparse, context='local').prune(.5)
+    table = costs(dict(dense=learn, sparse=sparse), tokens, seconds=.01)
+    assert learn.model.training
+    assert table['without zeros']['dense'] == table['multiply-adds']['dense']
+    assert table['without zeros']['sparse'] == table['multiply-adds']['sparse']//2
+
+
+def test_budget_of_a_text_classifier():
+    "A budget in multiply-adds takes in the weights that an AWD-LSTM copies"
+    learn = text_classifier()
+    learn.fit(1, 1e-2, cbs=SparsifyCallback(.8, context='multiply_adds'))
+    table = costs(dict(sparse=learn), tokens, seconds=.01)
+    assert table['without zeros']['sparse']/table['multiply-adds']['sparse'] == pytest.approx(.2, abs=.005)
 
 
 @pytest.mark.filterwarnings('error:.*share.*:UserWarning')

@@ -11,7 +11,6 @@ __all__ = ['file_sizes', 'multiply_adds', 'milliseconds', 'costs', 'plot_costs']
 
 # %% ../../nbs/deploy/46_costs.ipynb #241d4e6a
 import matplotlib.pyplot as plt, pandas as pd, torch
-from copy import deepcopy
 from .compress import compress
 from .speed_up import FastNetwork, median_and_spread, speed_up, time_in_turn
 from ..layers import copy_model, prunable, unwrap_model
@@ -61,7 +60,7 @@ def _network(model):
     "The network of `model` in evaluation mode; a copy, if it is not in that mode"
     if isinstance(model, FastNetwork): return model
     network = unwrap_model(model)
-    return deepcopy(network).eval() if any(m.training for m in network.modules()) else network
+    return copy_model(network).eval() if any(m.training for m in network.modules()) else network
 
 def _call(network, xs):
     @torch.no_grad()

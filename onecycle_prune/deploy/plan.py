@@ -131,7 +131,7 @@ class Planes:
     stride:int = 0 # Numbers from a row to the next
     start:int = 0 # Place in memory
     def reserve(self, above, below, left, right):
-        "Make room for a convolution that reads so far over the border"
+        "Add a border for a convolution that reads so far beyond the map"
         self.above, self.below = max(self.above, above), max(self.below, below)
         self.gap = max(self.gap, left, right)
     @property

@@ -1,6 +1,6 @@
 """Which parts of a network run as plans, and how they are found in it
 
-`trace` writes down what a network computes, as a graph of [torch.fx](https://docs.pytorch.org/docs/stable/fx.html). What it cannot follow stays one node that PyTorch calls: an `if` on the values, a hook, a loop over a tensor. `find_regions` then looks for neighbouring nodes that a [plan](43_plan.ipynb) can compute, and puts a `Region` in their place.
+`trace` writes down what a network computes, as a graph of [torch.fx](https://docs.pytorch.org/docs/stable/fx.html). A part that it cannot follow stays one node that PyTorch calls: an `if` on the values, a hook, a loop over a tensor. `find_regions` then looks for neighbouring nodes that a [plan](43_plan.ipynb) can compute, and puts a `Region` in their place.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/deploy/regions.html.md"""
 

@@ -1,4 +1,4 @@
-"""The methods of the field beside one-cycle pruning, at equal budget
+"""One-cycle pruning and the other methods of the field, at equal budget
 
 Each method trains the same network for the same number of epochs, from the same seeds, to the same sparsities. `make compare-methods`, or `ocp-compare-methods` after an installation by pip, trains them, and prints the accuracies. A record says how long each training took, and what its teacher took if it had one.
 

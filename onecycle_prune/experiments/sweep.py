@@ -108,7 +108,7 @@ def sweep_network(
     seed:int=0, # Of the weights and of the batches
     bs:int=64, # Images a batch
     lr:float=.01, # Highest learning rate
-    out:Path='sweep.csv' # Results are added to this table, and a plot is written beside it
+    out:Path='sweep.csv' # Results are added to this table, and a plot is written next to it
 ):
     "Train a network at several sparsities, and draw its accuracy against what it costs"
     try:
