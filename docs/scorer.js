@@ -1,0 +1,15 @@
+// How Sphinx orders the results of a search. Its own rules know nothing of kinds of pages:
+// a reader who asks looks for a how-to first, and for how it is built last.
+const kinds = [[/^(howto|tutorials|index)/, 3], [/^(explanations|results)/, 1], [/^(experiments|select|changelog)/, -3]];
+
+var Scorer = {
+  score: ([page, , , , score]) => score + kinds.reduce((sum, [kind, points]) => sum + (kind.test(page) ? points : 0), 0),
+  objNameMatch: 11,
+  objPartialMatch: 6,
+  objPrio: {0: 15, 1: 5, 2: -5},
+  objPrioDefault: 0,
+  title: 15,
+  partialTitle: 7,
+  term: 5,
+  partialTerm: 2,
+};
