@@ -158,7 +158,7 @@ class title(Processor):
         path = Path(self.nb.path_).relative_to(cfg.config_path).as_posix()
         description, keywords = matter.get('description', ''), keywords_of(matter)
         # Sphinx's search finds a keyword by its words only if they also stand alone.
-        words = [word for k in keywords if ' ' in k for word in k.split()]
+        words = [word for k in keywords for word in re.findall(r'\w+', k) if word!=k]
         meta = dict(description=description, keywords=', '.join([*keywords, *words]))
         self.nb.metadata['myst'] = {'html_meta': {k: v for k, v in meta.items() if v}}
         links = f':::{{container}} page-links\n{" ".join(page_links(self.nb, path))}\n:::'
@@ -402,12 +402,24 @@ def note_metadata(app, doctree):
                 if keyword not in words: add_entry(app, keyword)
 
 
+def of_another(code):
+    """Whether a name in backticks is another package's, although it may be ours too.
+
+    So it is in *fasterai's `Schedule`*, and in a table that has a column `here`, in the other columns."""
+    sentence = ''.join(n.astext() for n in code.parent[:code.parent.index(code)])
+    if re.search(r"fasterai('s| has an?) $", sentence): return True
+    entry = code.parent.parent
+    if not isinstance(entry, nodes.entry): return False
+    heads = [e.astext() for e in next(entry.parent.parent.parent.findall(nodes.thead))[0]]
+    return 'here' in heads and heads[entry.parent.index(entry)]!='here'
+
+
 def link_names(app, doctree, docname):
     "Link names in backticks to their documentation"
     for code in list(doctree.findall(nodes.literal)):
         name = code.astext().partition('(')[0]
         address = None if name.startswith('_') else url(name)
-        if not address or isinstance(code.parent, (nodes.reference, nodes.title)): continue
+        if not address or isinstance(code.parent, (nodes.reference, nodes.title)) or of_another(code): continue
         page, anchor = page_and_anchor(address)
         if page: address = f'{app.builder.get_relative_uri(docname, page)}#{app.env.metadata[page].get(anchor, "")}'
         code.replace_self(nodes.reference('', '', code.deepcopy(), refuri=address, internal=bool(page)))
