@@ -2,7 +2,7 @@
 
 `make docs` runs this file from the root of the project. Sphinx also loads it, as the extension
 that links names in backticks to their documentation."""
-import ast, re, sys
+import ast, atexit, re, sys
 from base64 import b64decode
 from fnmatch import fnmatch
 from functools import cache, partial
@@ -132,10 +132,21 @@ class show_api(exec_show_docs):
         module = next((c.directives['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives), '')
         self.k.user_ns['show_doc'] = partial(show_doc, renderer=partial(Api, module=module))
 
+    def end(self):
+        super().end()
+        # At exit, the shell of each notebook would collect garbage. That took longer than all else.
+        atexit.unregister(self.k.atexit_operations)
+        self.k.close()
+
 
 def keywords_of(matter):
     "The keywords of a page's front matter, such as `- keywords: 2:4, inference speed`: a list of strings"
     return [k.strip() for k in str(matter.get('keywords', '')).split(',') if k.strip()]
+
+
+def words_of(keywords):
+    "The words of keywords that are more than a word"
+    return [word for k in keywords for word in re.findall(r'\w+', k) if word!=k]
 
 
 install = f'pip install git+{cfg.git_url}'
@@ -158,8 +169,7 @@ class title(Processor):
         path = Path(self.nb.path_).relative_to(cfg.config_path).as_posix()
         description, keywords = matter.get('description', ''), keywords_of(matter)
         # Sphinx's search finds a keyword by its words only if they also stand alone.
-        words = [word for k in keywords for word in re.findall(r'\w+', k) if word!=k]
-        meta = dict(description=description, keywords=', '.join([*keywords, *words]))
+        meta = dict(description=description, keywords=', '.join([*keywords, *words_of(keywords)]))
         self.nb.metadata['myst'] = {'html_meta': {k: v for k, v in meta.items() if v}}
         links = f':::{{container}} page-links\n{" ".join(page_links(self.nb, path))}\n:::'
         blocks = [f"# {matter['title']}", description, links]
@@ -397,9 +407,8 @@ def note_metadata(app, doctree):
         # Words of a longer keyword stand after it. They are for the search only.
         if meta['name']=='keywords':
             keywords = meta['content'].split(', ')
-            words = {word for k in keywords if ' ' in k for word in k.split()}
             for keyword in keywords:
-                if keyword not in words: add_entry(app, keyword)
+                if keyword not in words_of(keywords): add_entry(app, keyword)
 
 
 def of_another(code):
