@@ -20,6 +20,7 @@ from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import NbdevLookup, nbglob, patch_name
 from nbdev.processors import FilterDefaults, Processor, add_links, exec_show_docs, insert_warning
 from nbdev.showdoc import BasicMarkdownRenderer, show_doc
+from sphinx import addnodes
 from sphinx.cmd.build import main as sphinx_build
 from torch import nn
 
@@ -391,13 +392,14 @@ def note_names(app, doctree):
         if not anchor: continue
         app.env.metadata[page][anchor] = section['ids'][0]
         if anchor not in doctree.ids: section['ids'].append(anchor)
-        add_entry(app, section[0].astext(), section['ids'][0])
+        add_entry(app, doctree, section[0].astext(), section['ids'][0])
 
 
-def add_entry(app, text, anchor=''):
+def add_entry(app, doctree, text, anchor=''):
     "Add an entry of the page that is read to the index. The search shows such entries first."
     entry = 'single', text, anchor, 'main', None
     app.env.domains.index_domain.entries.setdefault(app.env.docname, []).append(entry)
+    doctree.append(addnodes.index(entries=[entry])) # the search reads the entries here
 
 
 def note_metadata(app, doctree):
@@ -408,7 +410,7 @@ def note_metadata(app, doctree):
         if meta['name']=='keywords':
             keywords = meta['content'].split(', ')
             for keyword in keywords:
-                if keyword not in words_of(keywords): add_entry(app, keyword)
+                if keyword not in words_of(keywords): add_entry(app, doctree, keyword)
 
 
 def of_another(code):
