@@ -154,7 +154,7 @@ install = f'pip install git+{cfg.git_url}'
 
 def page_links(nb, path):
     "Links from a page to its notebook"
-    folder, name = Path(path).parts[:-1], quote(path)
+    name = quote(path)
     if not any("'../" in c.source for c in nb.cells): # a notebook that reads files of the repository needs all of it
         colab = cfg.git_url.replace('github.com', 'colab.research.google.com/github')
         yield f'[Open in Colab]({colab}/blob/{cfg.branch}/{name} "There, first run: !{install}")'
@@ -289,7 +289,8 @@ def group(file):
     if found: return found[-1]
     if file.parent.name!='howto': return 'Reference: internals', 0
     question = front_matter(file).get('group', questions[-1])
-    if question not in questions: raise ValueError(f'{path}: unknown group {question!r}. Allowed: {", ".join(questions)}')
+    if question not in questions:
+        raise ValueError(f'{path}: unknown group {question!r}. Allowed: {", ".join(questions)}')
     return f'How to {question}', 0
 
 
@@ -392,25 +393,24 @@ def note_names(app, doctree):
         if not anchor: continue
         app.env.metadata[page][anchor] = section['ids'][0]
         if anchor not in doctree.ids: section['ids'].append(anchor)
-        add_entry(app, doctree, section[0].astext(), section['ids'][0])
+        add_to_index(app, section[0].astext(), section['ids'][0])
 
 
-def add_entry(app, doctree, text, anchor=''):
-    "Add an entry of the page that is read to the index. The search shows such entries first."
+def add_to_index(app, text, anchor=''):
+    "List an anchor of the page that is read in the index, and return the entry"
     entry = 'single', text, anchor, 'main', None
     app.env.domains.index_domain.entries.setdefault(app.env.docname, []).append(entry)
-    doctree.append(addnodes.index(entries=[entry])) # the search reads the entries here
+    return entry
 
 
 def note_metadata(app, doctree):
-    "Use a page's keywords in the index, and its description for previews in other sites"
-    for meta in doctree.findall(nodes.meta):
+    "Use a page's keywords in the index and in the search, and its description for previews in other sites"
+    for meta in list(doctree.findall(nodes.meta)):
         if meta['name']=='description': app.env.metadata[app.env.docname]['og:description'] = meta['content']
-        # Words of a longer keyword stand after it. They are for the search only.
-        if meta['name']=='keywords':
-            keywords = meta['content'].split(', ')
-            for keyword in keywords:
-                if keyword not in words_of(keywords): add_entry(app, doctree, keyword)
+        if meta['name']!='keywords': continue
+        keywords = meta['content'].split(', ')
+        entries = [add_to_index(app, k) for k in keywords if k not in words_of(keywords)]
+        doctree.append(addnodes.index(entries=entries)) # a search for one of them shows the page first
 
 
 def of_another(code):
