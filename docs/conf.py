@@ -39,3 +39,5 @@ ogp_enable_meta_description = False
 
 # A page that does not exist is answered by 404.html, whose links must not depend on the folder.
 notfound_urls_prefix = urlsplit(cfg.doc_url).path
+notfound_context = {'title': 'Page not found', 'body': """<h1>Page not found</h1>
+<p>The search of this site knows all names and pages. Perhaps the page has another name now.</p>"""}
