@@ -31,6 +31,8 @@ html_extra_path = ['../nbs/llms.txt', '../_proc/texts']
 html_copy_source = html_show_sphinx = False
 html_search_scorer = str(Path(__file__).with_name('scorer.js'))
 
+copybutton_selector = '.highlight:not(.cell_output *) > pre'  # code, not what it prints
+
 # The pages are shared with a title, a description and the picture of the front page.
 ogp_site_url = cfg.doc_url
 ogp_image = f'{cfg.doc_url}card.png'

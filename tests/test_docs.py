@@ -44,7 +44,8 @@ captions = {
     'Questions, words, changes': 'changelog.html',
 }
 
-# What a reader types into the search, the page that answers, and words of its first screen.
+# What a reader types into the search, the page that answers, and words of its first screen. A page that answers
+# a question of its own has a row here. If the search does not find it, the page needs a keyword.
 questions = [
     ('how do I make it faster', 'howto/small_and_fast.html', 'speed_up'),
     ('what sparsity', 'howto/sparsity.html', 'sparsity_find'),
@@ -96,7 +97,7 @@ def test_sidebar(pages):
     for p in notebooks:
         if p.parent.name == 'howto': assert html(p) in listed[f'How to {nb_frontmatter(read_nb(p))["group"]}']
     every = sorted({html(p) for p in notebooks} - {'index.html'})
-    others = {'tutorials/index.html', 'changelog.html', 'genindex.html'}
+    others = {'tutorials/index.html', 'changelog.html', 'genindex.html', cfg.git_url}
     assert sorted(page for group in listed.values() for page in group if page not in others) == every
 
 
@@ -138,6 +139,16 @@ def test_metadata(pages):
         assert links['Notebook'] == repo + path
         assert {'Edit', 'Report an issue'} < {*links}
         assert ('Open in Colab' in links) == ("'../" not in ''.join(c.source for c in read_nb(p).cells))
+
+
+def test_cards(pages):
+    "The front page and the page of all tutorials have cards; those of tutorials show their first picture"
+    front = [a['href'] for a in pages['index.html'].select('.cards li strong a')]
+    assert front == ['tutorials/first.html', 'howto/small_and_fast.html', 'results.html']
+    cards = pages['tutorials/index.html'].select('.cards li')
+    tutorials = [p for p in notebooks if p.parent.name == 'tutorials']
+    assert [card.strong.a['href'] for card in cards] == [html(p).removeprefix('tutorials/') for p in tutorials]
+    assert [bool(card.img) for card in cards] == ['"image/png"' in p.read_text(encoding='utf-8') for p in tutorials]
 
 
 def test_changelog(pages):

@@ -304,7 +304,8 @@ def notebooks():
 
 # Pages that no notebook writes, as entries of the sidebar
 before = {'Tutorials': ['All tutorials <tutorials/index>']}
-after = {'Questions, words, changes': ['Changes <changelog>', 'All names and keywords <genindex>']}
+after = {'Questions, words, changes': ['Changes <changelog>', 'All names and keywords <genindex>',
+                                       f'Source code <{cfg.git_url}>']}
 
 
 def sidebar():
