@@ -149,22 +149,23 @@ def get_dls(
     size:int=None, # Height and width in pixels; the source's own by default
     images:int=None, # Number of images to train on, all by default; validation always has all of its own
     bs:int=64, # Images a batch
-    device=None # Where images are stored and batches cut; fastai's default device if None
+    device=None, # Where images are stored and batches cut; fastai's default device if None
+    augment:bool=False # Whether training images are shifted at random, and mirrored if the source allows it
 )->DataLoaders: # With `vocab`, the names of the classes, and `c`, their number
-    """Normalized batches for training, randomly cropped and mirrored, and for validation; raises `ValueError` if the
-    source does not exist or has fewer images"""
+    "Normalized batches of both kinds; raises `ValueError` if the source does not exist or has fewer images"
     source = get_source(name)
     device = device or default_device()
     size = size or source.size
     train,valid,vocab = load_images(name, size)
     if images and images!=len(train): train = _stratified_subset(train, images)
     mean,std = _channel_stats(train.tensors[0])
-    def _loader(ds, tfms, **kwargs):
+    def _loader(ds, split_idx, tfms, **kwargs):
         ds = TensorDataset(*(t.to(device) for t in ds.tensors))
+        ds.split_idx = split_idx # A transform of training batches looks for it, and does nothing where it is missing.
         tfms = [*tfms, IntToFloatTensor(), Normalize(mean, std)]
         return TensorDL(ds, bs=bs, num_workers=0, after_batch=tfms, device=device, **kwargs)
     # A shift of an eighth of the size is the usual one for CIFAR: 4 of 32 pixels.
-    train_dl = _loader(train, [CropMirror(size//8, source.mirror)], shuffle=True, drop_last=True)
-    dls = DataLoaders(train_dl, _loader(valid, []), device=device)
+    train_dl = _loader(train, 0, [CropMirror(size//8, source.mirror)]*augment, shuffle=True, drop_last=True)
+    dls = DataLoaders(train_dl, _loader(valid, 1, []), device=device)
     dls.vocab,dls.c = vocab,len(vocab)
     return dls

@@ -1,6 +1,6 @@
 """The paper's experiment: a grid of trainings that can be interrupted and continued
 
-`make compare`, or `ocp-compare` after an installation by pip, trains each network on each set of images, dense and pruned along each schedule to each sparsity, with each budget and from each seed. Everything else is the same for all: the optimizer, the one-cycle learning rate, the cropping and mirroring, the number of epochs. The result of a training is appended to a file at once, and a training in that file is not done again. At the end the command prints the accuracies.
+`make compare`, or `ocp-compare` after an installation by pip, trains each network on each set of images, dense and pruned along each schedule to each sparsity, with each budget and from each seed. Everything else is the same for all: the optimizer, the one-cycle learning rate, the images and what is done to them, the number of epochs. The result of a training is appended to a file at once, and a training in that file is not done again. At the end the command prints the accuracies.
 
 Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/grid.html.md"""
 
@@ -49,6 +49,7 @@ class Run:
     criteria:str # Name of a criterion; '' if dense
     bs:int # Images a batch
     lr:float # Highest learning rate
+    augment:bool # Whether training images are shifted at random, and mirrored if the source allows it
     bf16:bool # Whether to train in mixed precision with bfloat16
     channels_last:bool # Whether to store the channels last, which suits convolutions
     smoothing:float # Of the labels, in [0, 1): the share of each that all classes get alike
@@ -119,7 +120,7 @@ def train(
     "Train with the settings of `run`"
     # The seed is set before the data loaders are made, since they take the order of their batches from it.
     set_seed(run.seed, reproducible=True)
-    dls = get_dls(run.data, run.size, run.images, run.bs)
+    dls = get_dls(run.data, run.size, run.images, run.bs, augment=run.augment)
     cbs = [make() for make in fast_callbacks(run.bf16, run.channels_last)]
     loss_func = CrossEntropyLossFlat(label_smoothing=run.smoothing)
     learn = Learner(dls, get_arch(run.arch)(num_classes=dls.c), loss_func, metrics=accuracy, cbs=cbs)
@@ -260,6 +261,7 @@ def compare(
     seeds:str='0,1,2,3,4', # A training from each
     bs:int=64, # Images a batch
     lr:float=.01, # Highest learning rate
+    augment:store_true=False, # Shift training images at random, and mirror them where that keeps the class
     bf16:store_true=False, # Train in mixed precision with bfloat16
     smoothing:float=0., # Of the labels
     bn_batches:int=12, # Batches that batch-norm statistics are estimated from; 0 for running statistics only
@@ -276,7 +278,7 @@ def compare(
     try:
         runs = grid(parse_list(archs), parse_list(data), parse_list(sparsities, float), parse_list(schedules),
             parse_list(contexts), parse_list(layers), parse_list(criteria), parse_list(epochs, int),
-            parse_list(seeds, int), images, size, bs=bs, lr=lr, bf16=bf16, channels_last=channels_last,
+            parse_list(seeds, int), images, size, bs=bs, lr=lr, augment=augment, bf16=bf16, channels_last=channels_last,
             smoothing=smoothing, bn_batches=bn_batches)
         # A mistake does not depend on the seed.
         for run in dict.fromkeys(replace(run, seed=0) for run in runs): check_run(run)

@@ -98,7 +98,7 @@ def test_order_and_crops_repeat(place):
     for part in ('train', 'test'): make_images(place/'source'/part, ('cat', 'dog'), n=16)
     def _dls(seed):
         set_seed(seed)
-        return data.get_dls('cifar10', bs=8, device=torch.device('cpu'))
+        return data.get_dls('cifar10', bs=8, device=torch.device('cpu'), augment=True)
     dls = _dls(0)
     first, second = epoch(dls), epoch(dls)
     again = epoch(_dls(0))
@@ -119,6 +119,24 @@ def test_all_are_seen_and_normalized(place):
     np.testing.assert_allclose(seen, (y-mean)/std, atol=1e-4)
 
 
+@pytest.mark.parametrize('augment', [False, True])
+def test_augmented(augment, place):
+    "What a loader gives to the training are the images themselves, or shifts of them, mirrored or not"
+    for part in ('train', 'test'): make_images(place/'source'/part, ('cat', 'dog'), n=16)
+    dls = data.get_dls('cifar10', bs=8, device=torch.device('cpu'), augment=augment)
+    train, valid, _ = data.load_images('cifar10', 32)
+    mean, std = (o[None] for o in data._channel_stats(train.tensors[0]))
+    def pixels(dl): return torch.cat([x*std + mean for x, _ in dl]).mul(255).round().byte()
+    def distinct(images): return {bytes(o.flatten().tolist()) for o in images}
+    padded = torch.nn.functional.pad(train.tensors[0], [4]*4)
+    windows = [o[..., i:i+32, j:j+32] for o in (padded, padded.flip(3)) for i in range(9) for j in range(9)]
+    originals, shifts = distinct(train.tensors[0]), set.union(*map(distinct, windows))
+    seen = distinct(pixels(dls.train))
+    assert seen <= shifts and len(seen) == 32
+    assert len(seen & originals) < 6 if augment else seen == originals
+    assert pixels(dls.valid).equal(valid.tensors[0])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_on_the_gpu():
     dls = data.get_dls('digits', device=torch.device('cuda'))
@@ -128,7 +146,8 @@ def test_on_the_gpu():
 
 def test_digits_are_not_mirrored():
     "A mirrored digit means something else: values that rise to the right do so in every crop, except at the border"
-    crop = next(t for t in data.get_dls('digits').train.after_batch if isinstance(t, data.CropMirror))
+    dls = data.get_dls('digits', augment=True)
+    crop = next(t for t in dls.train.after_batch if isinstance(t, data.CropMirror))
     x = TensorImage(torch.arange(1, 9).expand(64, 3, 8, 8).clone())
     inner = slice(crop.pad, -crop.pad)
     assert (crop(x, split_idx=0)[:, :, inner, inner].diff(dim=3) == 1).all()

@@ -15,7 +15,7 @@ from torch import nn
 from reference import layers_of
 
 run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0,
-    'one_cycle', .9, 'local', 'all', 'large_final', 20, 3e-3, False, False, 0., 12)
+    'one_cycle', .9, 'local', 'all', 'large_final', 20, 3e-3, False, False, False, 0., 12)
 args = ('--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 '
         '--seeds 0,1').split()
 # The script that pip writes for an entry of console_scripts
@@ -207,8 +207,8 @@ def test_refuses(given, says, call):
 
 def test_dense_is_trained_once():
     runs = grid([run.arch], ['digits'], [.8, .9, .95], ['dense', 'one_cycle'], ['local', 'global'], ['all'],
-        ['large_final', 'random'], [2], [0, 1], bs=20, lr=.01, bf16=False, channels_last=False, smoothing=0.,
-        bn_batches=12)
+        ['large_final', 'random'], [2], [0, 1], bs=20, lr=.01, augment=False, bf16=False, channels_last=False,
+        smoothing=0., bn_batches=12)
     assert len(runs) == len(set(runs)) == 2*(1 + 3*2*2)
     assert [r.seed for r in runs] == [0]*13 + [1]*13  # seed by seed
 
@@ -239,6 +239,19 @@ def test_convolutions_only():
     zeros = train(replace(run, layers='conv'))['zeros']
     sizes = {n: m.weight.numel() for n, m in layers_of(get_arch(run.arch)(num_classes=10)).items()}
     assert zeros == {n: 0 if n == '7' else round(.9*size) for n, size in sizes.items()}
+
+
+@pytest.mark.parametrize('augment', [False, True])
+def test_augment(augment, monkeypatch):
+    "Each epoch of a training sees the same images, or the same ones in other places"
+    seen = []
+    class Look(compare.ValidateLast):
+        def before_train(self): seen.append(set())
+        def before_batch(self):
+            if self.training: seen[-1] |= {str(o.tolist()) for o in self.x.sum(1)}
+    monkeypatch.setattr(compare, 'ValidateLast', Look)
+    train(replace(run, epochs=2, augment=augment, images=100, bs=100, bn_batches=0))
+    assert len(seen) == 2 and (seen[0] == seen[1]) != augment
 
 
 @pytest.mark.parametrize('bf16', [False, True])
