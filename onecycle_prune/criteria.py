@@ -19,6 +19,7 @@ from fastcore.basics import store_attr
 from functools import update_wrapper
 from . import at_init
 from ._utils import raise_unknown
+from .granularity import axes, grouped_view
 
 # %% ../nbs/02_criteria.ipynb #852889f1
 def fused(
@@ -334,12 +335,14 @@ class Variety:
     def __repr__(self): return self.__name__
 
     def __call__(self,
-        m:torch.nn.Module, # A convolution or a linear layer
+        m:torch.nn.Module, # A convolution, a linear layer or experts
         *memory:torch.Tensor # That of the criterion, if it has one
     )->torch.Tensor: # For each weight the score of its filter, in the shape of `m.weight`
         "The scores of the filters of `m`"
-        axis = int(getattr(m, 'transposed', False))
-        def _by_filter(t): return t.movedim(axis, 0).flatten(1)
+        axis = max(1, axes(m).find('o')) # an embedding has rows in place of outputs
+        def _by_filter(t): return grouped_view(t, m).movedim(axis, 1).flatten(0, 1).flatten(1)
         scores = _by_filter(self.criterion(m, *memory)).mean(1)
         scores = (scores - scores.min().clamp_max(0)) * _distances(_by_filter(m.weight.detach()), scores)
-        return scores.view(-1, *[1]*(m.weight.ndim-1)).movedim(0, axis).expand_as(m.weight)
+        w = grouped_view(m.weight, m)
+        scores = scores.view(len(w), -1, *[1]*(w.ndim-2)).movedim(1, axis)
+        return scores.expand_as(w).reshape(m.weight.shape)

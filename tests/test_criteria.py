@@ -334,6 +334,13 @@ class TestVariety:
         with torch.no_grad(): transposed.weight.copy_(conv.weight.transpose(0, 1))
         torch.testing.assert_close(Variety()(transposed).transpose(0, 1), Variety()(conv))
 
+    def test_groups(self):
+        "The filters of all groups are compared with each other, also where they are along the second axis"
+        conv, transposed = nn.Conv2d(6, 4, 3, groups=2), nn.ConvTranspose2d(6, 4, 3, groups=2)
+        def swap(t): return t.view(2, 2, 3, 3, 3).transpose(1, 2).reshape(6, 2, 3, 3)
+        with torch.no_grad(): transposed.weight.copy_(swap(conv.weight))
+        torch.testing.assert_close(Variety()(transposed), swap(Variety()(conv)))
+
     @pytest.mark.parametrize('criterion', [
         'movement', 'updating_movement', 'taylor', 'random', lambda m: m.weight.abs()])
     def test_appended(self, criterion):

@@ -12,8 +12,7 @@ from torchvision import models
 
 from helpers import assert_same, bits, run_python
 from networks import tiny_net
-from onecycle_prune.callback import SparsifyCallback
-from onecycle_prune.granularity import Experts, conv, get_granularity, group_axes, linear
+from onecycle_prune.granularity import conv, get_granularity, linear
 from onecycle_prune.layers import check_layers, choose, describe_layers, match, prunable, unwrap_model
 from onecycle_prune.report import sparsity_report
 from onecycle_prune.sparsifier import Sparsifier
@@ -447,63 +446,3 @@ def test_container_misspelled():
     layer1, layer4 = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net = nn.Sequential(OrderedDict(layer1=layer1, layer4=layer4))
     with pytest.raises(ValueError, match="'layer5'. Did you mean 'layer[14]'"): Sparsifier(net, layers='layer5')
-
-
-class Mixture(nn.Module):
-    "Three experts of two layers each, whose weights are two parameters, and a gate"
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(4, 3)
-        self.up, self.down = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 4, 8))
-    def forward(self, x):
-        hidden = torch.einsum('bi,eoi->beo', x.flatten(1)[:, :4], self.up).relu()
-        outputs = torch.einsum('beo,eio->bei', hidden, self.down)
-        return (outputs * self.gate(x.flatten(1)[:, :4]).softmax(1)[..., None]).sum(1)
-
-
-experts = [g for g in group_axes(Experts()) if g != 'layer']
-
-
-class TestExperts:
-    "Experts in one parameter are pruned as linear layers side by side"
-
-    def test_optional(self):
-        "They are pruned only by name, and in no group of a convolution"
-        assert chosen(Mixture(), None) == ['gate'] and chosen(Mixture(), ['up', 'down']) == ['up', 'down']
-        with pytest.raises(ValueError, match=r"'up' \(Mixture\) .*'filter', only 'weight', 'row', 'column'"):
-            chosen(Mixture(), 'up', 'filter')
-        with pytest.raises(ValueError, match='4 input channels do not divide by 8'):
-            chosen(Mixture(), 'up', '4:8')
-
-    @pytest.mark.parametrize('granularity', [*experts, '2:4', '1:4'])
-    @pytest.mark.parametrize('context', ['local', 'global'])
-    @pytest.mark.parametrize('contiguous', [True, False])
-    def test_as_linear_layers(self, granularity, context, contiguous):
-        "The same masks as of linear layers that form one pool"
-        net = Mixture()
-        if not contiguous: net.up = nn.Parameter(net.up.detach().transpose(1, 2).contiguous().transpose(1, 2))
-        layers = nn.ModuleDict({f'{n}{e}': nn.Linear(*w.shape[::-1], bias=False) for n, p in net.named_parameters()
-            if n in ('up', 'down') for e, w in enumerate(p)})
-        for n in ('up', 'down'):
-            for e, w in enumerate(getattr(net, n)): layers[f'{n}{e}'].weight.data.copy_(w)
-        before = net.gate.weight.clone()
-        sparsity = get_granularity(granularity).sparsity or .4
-        Sparsifier(net, granularity, context, layers=['up', 'down']).prune(sparsity)
-        # The experts of a parameter form one pool, also in the local context.
-        for names in [['up'], ['down']] if context == 'local' else [['up', 'down']]:
-            pool = nn.ModuleDict({n: m for n, m in layers.items() if n[:-1] in names})
-            Sparsifier(pool, granularity, 'global').prune(sparsity)
-        for n in ('up', 'down'):
-            expected = torch.stack([layers[f'{n}{e}'].weight for e in range(3)])
-            assert (expected == 0).any() and (getattr(net, n) == 0).equal(expected == 0)
-        assert net.gate.weight.equal(before)
-
-    @pytest.mark.parametrize('granularity', [*experts, '2:4'])
-    @pytest.mark.parametrize('criteria', ['large_final', 'movement', 'taylor', 'random'])
-    def test_training(self, new_learner, granularity, criteria):
-        "Exact counts after a training, and the gate stays dense"
-        learn = new_learner(Mixture())
-        sparsity = get_granularity(granularity).sparsity or .5
-        learn.fit(2, 1e-2, cbs=SparsifyCallback(sparsity, granularity, 'local', criteria, layers=['up', 'down']))
-        for p in (learn.model.up, learn.model.down): assert int((p == 0).sum()) == p.numel()*sparsity
-        assert not (learn.model.gate.weight == 0).any()
