@@ -39,7 +39,7 @@ def test_train(form, monkeypatch):
     assert result['nonzeros'] == sum(int(m.weight.count_nonzero()) for m in layers.values())
     assert layers['0.0'].out_channels == result['width'] == (8 if run.form == form else dense_width(8, .75))
     assert {'accuracy', 'running', 'seconds'} <= result.keys()
-    assert result['nonzeros'] == (n_weights(8) - round(.75*n_weights(8)) if run.form == form else n_weights(4))
+    assert result['nonzeros'] == n_weights(dense_width(8, .75))
 
 
 def record(form, seed, accuracy, **kwargs):
