@@ -59,8 +59,9 @@ def grouped_view(
     m:nn.Module # The layer
 )->torch.Tensor: # A view of `t` with the axes `axes(m)`
     "View `t` with the groups of a grouped convolution, or the experts, as its first axis; other layers have one group"
-    if layer_kind(m)=='experts': return t
-    groups = m.groups if layer_kind(m)=='conv' else 1
+    kind = layer_kind(m)
+    if kind=='experts': return t
+    groups = m.groups if kind=='conv' else 1
     return t.unflatten(0, (groups, t.shape[0]//groups))
 
 # %% ../nbs/03_granularity.ipynb #f25f7205

@@ -1,6 +1,6 @@
 """A large and sparse network, or a small and dense one, with as many weights that are not zero
 
-A network of a given number of weights can be had in two ways: prune a large network, or train a small one. `make compare-sizes`, or `ocp-compare-sizes` after an installation by pip, trains both for the same number of epochs, and compares them at equal numbers of weights that are not zero. The question is that of [Zhu and Gupta](https://arxiv.org/abs/1710.01878), who call the two *large-sparse* and *small-dense*.
+There are two ways to a network with a given number of weights: prune a large network, or train a small one. `make compare-sizes`, or `ocp-compare-sizes` after an installation by pip, trains both for the same number of epochs, and compares them at equal numbers of weights that are not zero. The question is that of [Zhu and Gupta](https://arxiv.org/abs/1710.01878), who call the two *large-sparse* and *small-dense*.
 
 The networks are ResNet-18s of different widths. Equal weights are not equal time: [widths](50_widths.ipynb) compares at equal multiply-adds.
 
@@ -24,7 +24,7 @@ from ..callback import SparsifyCallback
 from .analysis import accuracies, differences, finished_runs
 from .data import get_dls, get_source
 from .grid import fit_and_measure, train_remaining
-from .networks import resnet18_cifar
+from .networks import closest_width, resnet18_cifar
 from ..layers import prunable
 from ..report import sparsity_report
 
@@ -43,8 +43,8 @@ def dense_width(
     num_classes:int=10 # Number of outputs
 )->int: # Channels of the first stage
     "The width of the dense network whose number of weights comes closest to what the large one shall keep"
-    kept = (1-sparsity)*n_weights(width, num_classes)
-    return min(range(1, width+1), key=lambda w: abs(n_weights(w, num_classes) - kept))
+    def _n_weights(w): return n_weights(w, num_classes)
+    return closest_width(_n_weights, (1-sparsity)*_n_weights(width), width)
 
 def equal_sparsity(
     width:int, # Channels of the first stage of the large network

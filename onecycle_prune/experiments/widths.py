@@ -33,7 +33,7 @@ from ..deploy.speed_up import median_and_spread, time_in_turn
 from .analysis import finished_runs
 from .data import get_dls, get_source
 from .grid import ValidateLast, train_remaining
-from .networks import count_params_and_macs, get_arch, resnet18_cifar
+from .networks import closest_width, count_params_and_macs, get_arch, resnet18_cifar
 from ..sparsifier import Sparsifier
 
 # %% ../../nbs/experiments/50_widths.ipynb #7dd553df
@@ -68,8 +68,7 @@ def narrow_width(
 )->int:
     "The width of the network whose multiply-adds come closest to what remains"
     def _macs(w): return count_params_and_macs(resnet18_cifar(width=w), size)[1]
-    wanted = (1-removed)*_macs(width)
-    return min(range(1, width+1), key=lambda w: abs(_macs(w) - wanted))
+    return closest_width(_macs, (1-removed)*_macs(width), width)
 
 # %% ../../nbs/experiments/50_widths.ipynb #a3ab4470
 def _callback(run):
