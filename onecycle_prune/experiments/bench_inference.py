@@ -13,7 +13,7 @@ __all__ = ['runtimes', 'pruned_network', 'random_inputs', 'bench_network', 'rati
 
 # %% ../../nbs/experiments/39_bench_inference.ipynb #5ca4f2e3
 from .common import env_info, parse_list, save_plot # before fastai, for its warnings
-import itertools, logging, matplotlib.pyplot as plt, pandas as pd, sys, tempfile, torch, warnings
+import itertools, logging, matplotlib.pyplot as plt, numpy as np, pandas as pd, sys, tempfile, torch, warnings
 from copy import deepcopy
 from fastai.basics import progress_bar
 from fastai.tabular.model import TabularModel,emb_sz_rule
@@ -126,57 +126,79 @@ runtimes = {'PyTorch': _pytorch, 'PyTorch, channels last': _channels_last, 'torc
     'ONNX Runtime': _onnxruntime, 'OpenVINO': _openvino, 'ONNX Runtime, int8': _onnxruntime_int8, 'speed_up': _speed_up}
 
 # %% ../../nbs/experiments/39_bench_inference.ipynb #58f9b431
+def _built(name, network, xs, folder):
+    "The function of a runtime, and its largest error; None, with a warning, if the runtime does not run the network"
+    try: func = runtimes[name](network, xs, folder)
+    except Exception as e: return warnings.warn(f'{name} does not run this network: {type(e).__name__}: {e}')
+    expected = network(*xs)
+    return func, float((func() - expected).abs().max()/expected.abs().max())
+
 def bench_network(
-    arch:str, # As for `pruned_network`, as are the next two
-    sparsity:float,
-    context:str,
+    arch:str, # As for `pruned_network`
+    prunings:list[tuple], # Sparsity and context of each, as for `pruned_network`
     batch:int, # As for `random_inputs`, as is the next
     size:int,
     names:list[str], # Of `runtimes`; one that is not installed or fails is left out, with a warning
     seconds:float # To spend on timing
-)->list[dict]: # A row for each runtime: its median time in ms, half the distance between the quartiles, largest error
-    "Time one network in all runtimes in turn; the error is relative to the largest output of PyTorch"
-    network = pruned_network(arch, sparsity, context)
-    xs = random_inputs(arch, batch, size)
-    expected, funcs = network(*xs), {}
+)->list[dict]: # A row for each runtime, and for each pruning in `speed_up`
+    """Time one network in all runtimes in turn
+
+    A row has the median time in ms, half the distance between the quartiles, and the largest error,
+    relative to the largest output of PyTorch. Other runtimes than `speed_up` multiply by zeros like by any
+    number, so they are timed once, for the first pruning.
+    """
+    xs, anything = random_inputs(arch, batch, size), (None, None)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for name in names:
-            try: funcs[name] = runtimes[name](network, xs, folder)
-            except Exception as e: warnings.warn(f'{name} does not run {arch}: {type(e).__name__}: {e}')
-        errors = {k: float((f() - expected).abs().max()/expected.abs().max()) for k,f in funcs.items()}
-        times = time_in_turn(funcs, seconds, 5)
-    env = env_info(expected.device)
-    what = dict(network=arch, sparsity=sparsity, context=context, batch=batch, size=size)
-    return [what | dict(runtime=k) | median_and_spread(times[k]) | dict(error=errors[k]) | env for k in funcs]
+        built = {}
+        for pruning in prunings:
+            network = pruned_network(arch, *pruning)
+            for name in names:
+                key = name, *(pruning if name=='speed_up' else anything)
+                if key not in built: built[key] = _built(name, network, xs, folder)
+        built = {k: o for k,o in built.items() if o}
+        times = time_in_turn({k: func for k,(func,_) in built.items()}, seconds)
+    env = env_info(xs[0].device)
+    return [dict(network=arch, sparsity=sparsity, context=context, batch=batch, size=size, runtime=name)
+        | median_and_spread(times[name, sparsity, context]) | dict(error=error) | env
+        for (name,sparsity,context),(_,error) in built.items()]
 
 def ratios(
     df:pd.DataFrame # Rows of `bench_network`
-)->pd.DataFrame: # A row for each network and input: times in ms, and how many times faster `speed_up` is
+)->pd.DataFrame: # A row for each pruning and input: times in ms, and how many times faster `speed_up` is
     "Compare `speed_up` with the faster form of PyTorch, and with the faster other runtime in float32"
-    keys = ['device', 'threads', 'network', 'sparsity', 'context', 'batch']
+    keys = ['device', 'threads', 'network', 'batch']
     # What was measured several times is shown by its median.
-    times = df.pivot_table(index=keys, columns='runtime', values='ms', aggfunc='median', sort=False)
-    eager = times[[o for o in ('PyTorch', 'PyTorch, channels last') if o in times]].min(axis=1)
-    others = times[[o for o in ('torch.compile', 'ONNX Runtime', 'OpenVINO') if o in times]].min(axis=1)
-    return times.assign(**{'times PyTorch': eager/times.speed_up, 'times others': others/times.speed_up})
+    others = df.pivot_table(index=keys, columns='runtime', values='ms', aggfunc='median').drop(columns='speed_up')
+    fast = df[df.runtime=='speed_up'].groupby([*keys, 'sparsity', 'context'], sort=False)[['ms']].median()
+    times = fast.set_axis(['speed_up'], axis=1).join(others)
+    eager = times.filter(like='PyTorch').min(axis=1)
+    faster = times[[o for o in ('torch.compile', 'ONNX Runtime', 'OpenVINO') if o in times]].min(axis=1)
+    return times.assign(**{'times PyTorch': eager/times.speed_up, 'times others': faster/times.speed_up})
 
 def plot_ratios(
-    df:pd.DataFrame # Rows of `bench_network`
-): # The axes, one for each device and number of threads
-    "Draw how many times faster `speed_up` is than PyTorch and than the other runtimes"
-    labels = {'times PyTorch': 'than PyTorch', 'times others': 'than the fastest other runtime'}
-    faster = ratios(df)[list(labels)].dropna(axis=1, how='all').rename(columns=labels)
-    parts = list(faster.groupby(['device', 'threads'], sort=False))
-    _, axes = plt.subplots(len(parts), figsize=(7, len(parts) + .3*len(faster)), sharex=True, squeeze=False,
-        layout='constrained', height_ratios=[len(part) for _,part in parts])
-    for ax,((device,threads),part) in zip(axes.flat, parts):
-        part.index = [f'{n}, {s:.0%} {c}, batch {b}' for *_,n,s,c,b in part.index]
-        part.plot.barh(ax=ax, legend=False, title=f'{device}, threads: {threads}', ylabel='')
-        ax.axvline(1, color='0.5', lw=1)
-        ax.invert_yaxis()
-    axes[-1, 0].set_xlabel('how many times faster speed_up is')
-    axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2)
-    return axes.ravel()
+    df:pd.DataFrame, # Rows of `bench_network`
+    than:str='times PyTorch' # Or 'times others', as in `ratios`
+)->np.ndarray: # The axes: a row for each device and number of threads, a column for each batch
+    "Draw how many times faster `speed_up` is at each sparsity; dashed lines are one pool"
+    faster = ratios(df)[than].unstack('sparsity').sort_index(axis=1)
+    colors = dict(zip(faster.index.unique('network'), plt.rcParams['axes.prop_cycle'].by_key()['color']))
+    rows, columns = faster.groupby(['device', 'threads'], sort=False), faster.index.unique('batch')
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=(3.5*len(columns), .7+2.5*len(rows)), sharex=True,
+        sharey=True, squeeze=False, layout='constrained')
+    for row,((device,threads),part) in zip(axes, rows):
+        for ax,batch in zip(row, columns):
+            for (*_,network,_,context),line in part.xs(batch, level='batch', drop_level=False).iterrows():
+                line = line.set_axis(range(len(line))).dropna()
+                ax.plot(line, 'o-' if context=='local' else 'o--', ms=3, color=colors[network], label=network)
+            ax.axhline(1, color='0.5', lw=1)
+            ax.set(title=f'{device}, threads: {threads}, batch {batch}', yscale='log')
+            ax.set_xticks(range(faster.shape[1]), [f'{o:.0%}' for o in faster.columns])
+            ax.title.set_size('medium')
+    fig.supylabel('times faster than ' + than.removeprefix('times ').replace('others', 'the fastest other runtime'))
+    handles = {label: handle for handle,label in zip(*axes[0, 0].get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4)
+    return axes
+
 
 # %% ../../nbs/experiments/39_bench_inference.ipynb #234588f5
 @call_parse
@@ -196,14 +218,15 @@ def bench_inference(
     out, before = Path(out), torch.get_num_threads()
     df = pd.read_csv(out) if out.exists() else pd.DataFrame()
     try:
-        lists = parse_list(archs), parse_list(sparsities, float), parse_list(contexts), parse_list(batches, int)
+        prunings = list(itertools.product(parse_list(sparsities, float), parse_list(contexts)))
         n_threads = parse_list(threads, int) if threads else [before]
-        for n,arch,sparsity,context,batch in progress_bar(list(itertools.product(n_threads, *lists))):
+        lists = n_threads, parse_list(archs), parse_list(batches, int)
+        for n,arch,batch in progress_bar(list(itertools.product(*lists))):
             torch.set_num_threads(n)
-            rows = pd.DataFrame(bench_network(arch, sparsity, context, batch, size, names, seconds))
+            rows = pd.DataFrame(bench_network(arch, prunings, batch, size, names, seconds))
             df = pd.concat([df, rows], ignore_index=True)
             atomic_write(out, partial(df.round(5).to_csv, index=False))
     except ValueError as e: sys.exit(f'ocp-bench-inference: {e}')
     finally: torch.set_num_threads(before)
     print(ratios(df).round(2).to_string())
-    save_plot(plot_ratios(df)[0], out.with_suffix('.png'))
+    save_plot(plot_ratios(df)[0, 0], out.with_suffix('.png'))
