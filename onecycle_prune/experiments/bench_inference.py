@@ -163,38 +163,40 @@ def bench_network(
         for (name,sparsity,context),(_,error) in built.items()]
 
 def ratios(
-    df:pd.DataFrame # Rows of `bench_network`
+    df:pd.DataFrame # Rows of `bench_network`, with the column run: a number for each call
 )->pd.DataFrame: # A row for each pruning and input: times in ms, and how many times faster `speed_up` is
-    "Compare `speed_up` with the faster form of PyTorch, and with the faster other runtime in float32"
-    keys = ['device', 'threads', 'network', 'batch']
-    # What was measured several times is shown by its median.
-    others = df.pivot_table(index=keys, columns='runtime', values='ms', aggfunc='median').drop(columns='speed_up')
-    fast = df[df.runtime=='speed_up'].groupby([*keys, 'sparsity', 'context'], sort=False)[['ms']].median()
-    times = fast.set_axis(['speed_up'], axis=1).join(others)
+    """Compare `speed_up` with the faster form of PyTorch, and with the faster other runtime in float32
+
+    Each call of `bench_network` is a comparison of its own, and a row has the medians of all."""
+    run,pruning = ['device', 'threads', 'network', 'batch', 'run'],['sparsity', 'context']
+    is_fast = df.runtime=='speed_up'
+    others = df[~is_fast].pivot(index=run, columns='runtime', values='ms')
+    times = df[is_fast].set_index([*run, *pruning]).ms.to_frame('speed_up').join(others)
     eager = times.filter(like='PyTorch').min(axis=1)
     faster = times[[o for o in ('torch.compile', 'ONNX Runtime', 'OpenVINO') if o in times]].min(axis=1)
-    return times.assign(**{'times PyTorch': eager/times.speed_up, 'times others': faster/times.speed_up})
+    times = times.assign(**{'times PyTorch': eager/times.speed_up, 'times others': faster/times.speed_up})
+    return times.groupby([*run[:-1], *pruning], sort=False).median()
 
 def plot_ratios(
-    df:pd.DataFrame, # Rows of `bench_network`
+    df:pd.DataFrame, # As for `ratios`
     than:str='times PyTorch' # Or 'times others', as in `ratios`
 )->np.ndarray: # The axes: a row for each device and number of threads, a column for each batch
     "Draw how many times faster `speed_up` is at each sparsity; dashed lines are one pool"
     faster = ratios(df)[than].unstack('sparsity').sort_index(axis=1)
-    colors = dict(zip(faster.index.unique('network'), plt.rcParams['axes.prop_cycle'].by_key()['color']))
+    colors = {network: f'C{i}' for i,network in enumerate(faster.index.unique('network'))}
     rows, columns = faster.groupby(['device', 'threads'], sort=False), faster.index.unique('batch')
     fig, axes = plt.subplots(len(rows), len(columns), figsize=(3.5*len(columns), .7+2.5*len(rows)), sharex=True,
         sharey=True, squeeze=False, layout='constrained')
     for row,((device,threads),part) in zip(axes, rows):
         for ax,batch in zip(row, columns):
-            for (*_,network,_,context),line in part.xs(batch, level='batch', drop_level=False).iterrows():
+            for (*_,network,_,context),line in part[part.index.get_level_values('batch')==batch].iterrows():
                 line = line.set_axis(range(len(line))).dropna()
                 ax.plot(line, 'o-' if context=='local' else 'o--', ms=3, color=colors[network], label=network)
             ax.axhline(1, color='0.5', lw=1)
             ax.set(title=f'{device}, threads: {threads}, batch {batch}', yscale='log')
             ax.set_xticks(range(faster.shape[1]), [f'{o:.0%}' for o in faster.columns])
             ax.title.set_size('medium')
-    fig.supylabel('times faster than ' + than.removeprefix('times ').replace('others', 'the fastest other runtime'))
+    fig.supylabel(than.replace('times', 'times faster than'))
     handles = {label: handle for handle,label in zip(*axes[0, 0].get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4)
     return axes
@@ -224,7 +226,7 @@ def bench_inference(
         for n,arch,batch in progress_bar(list(itertools.product(*lists))):
             torch.set_num_threads(n)
             rows = pd.DataFrame(bench_network(arch, prunings, batch, size, names, seconds))
-            df = pd.concat([df, rows], ignore_index=True)
+            df = pd.concat([df, rows.assign(run=df.run.max()+1 if len(df) else 0)], ignore_index=True)
             atomic_write(out, partial(df.round(5).to_csv, index=False))
     except ValueError as e: sys.exit(f'ocp-bench-inference: {e}')
     finally: torch.set_num_threads(before)
