@@ -164,8 +164,8 @@ def get_dls(
         ds.split_idx = split_idx # A transform of training batches looks for it, and does nothing where it is missing.
         tfms = [*tfms, IntToFloatTensor(), Normalize(mean, std)]
         return TensorDL(ds, bs=bs, num_workers=0, after_batch=tfms, device=device, **kwargs)
-    # A shift of an eighth of the size is the usual one for CIFAR: 4 of 32 pixels.
-    train_dl = _loader(train, 0, [CropMirror(size//8, source.mirror)]*augment, shuffle=True, drop_last=True)
+    # Fast recipes for CIFAR shift by up to 2 of 32 pixels, and long trainings by up to 4.
+    train_dl = _loader(train, 0, [CropMirror(max(1, size//16), source.mirror)]*augment, shuffle=True, drop_last=True)
     dls = DataLoaders(train_dl, _loader(valid, 1, []), device=device)
     dls.vocab,dls.c = vocab,len(vocab)
     return dls
