@@ -121,25 +121,25 @@ class FoundSparsity:
     ): # The axes
         "Draw loss and first metric against the sparsity, and the loss that each layer adds"
         if axes is None:
-            size = 8.5,max(3, .6 + .17*len(self.layers))
-            _,axes = plt.subplots(1, 2, figsize=size, layout='constrained')
-        left,right = axes
+            heights = [3, .8 + .17*len(self.layers)]
+            _,axes = plt.subplots(2, figsize=(6.5, sum(heights)), height_ratios=heights, layout='constrained')
+        above,below = axes
         loss,*metrics = self.curve.columns
-        self.curve[loss].plot(ax=left, marker='.', ylabel=loss, xlabel='sparsity, without training')
-        left.axvline(self.sparsity, color='tab:red', ls='--', label=f'suggestion: {self.sparsity:g}')
-        lines = left.lines[:2]
+        self.curve[loss].plot(ax=above, marker='.', ylabel=loss, xlabel='sparsity, without training')
+        above.axvline(self.sparsity, color='tab:red', ls='--', label=f'suggestion: {self.sparsity:g}')
+        lines = above.lines[:2]
         if metrics:
-            of_metric = self.curve[metrics[0]].plot(ax=left.twinx(), color='tab:orange', marker='.', ylabel=metrics[0])
+            of_metric = self.curve[metrics[0]].plot(ax=above.twinx(), color='tab:orange', marker='.', ylabel=metrics[0])
             lines = [*lines, of_metric.lines[0]]
-        left.legend(handles=lines, loc='center left')
+        above.legend(handles=lines, loc='center left')
         if len(self.layers):
             added = self.layers.iloc[:, 1:] - self.curve[loss].iloc[0] # without the dense network
-            image = right.imshow(added.clip(lower=0), aspect='auto', cmap='Reds')
-            right.set_yticks(range(len(added)), added.index, fontsize=7)
-            right.set_xticks(range(added.shape[1]), [f'{s:.0%}' for s in added.columns])
-            right.set(xlabel='sparsity of one layer alone', title=f'{loss} that is added')
-            right.figure.colorbar(image, ax=right)
-        else: right.axis('off')
+            image = below.imshow(added.clip(lower=0), aspect='auto', cmap='Reds')
+            below.set_yticks(range(len(added)), added.index, fontsize=7)
+            below.set_xticks(range(added.shape[1]), [f'{s:.0%}' for s in added.columns])
+            below.set(xlabel='sparsity of one layer alone', title=f'{loss} that is added')
+            below.figure.colorbar(image, ax=below)
+        else: below.axis('off')
         return axes
 
 # %% ../nbs/19_finder.ipynb #de90a5f4

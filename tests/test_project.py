@@ -1,5 +1,5 @@
 "The project's files: those that repeat a fact agree, the style is kept, and the wheel holds the package alone."
-import ast, subprocess, sys
+import ast, re, subprocess, sys
 from configparser import ConfigParser
 from email import message_from_bytes
 from importlib.metadata import packages_distributions
@@ -7,7 +7,7 @@ from pathlib import Path
 from shutil import copytree, ignore_patterns
 from zipfile import ZipFile
 
-import onecycle_prune, pytest, yaml
+import onecycle_prune.all, pytest, yaml
 from fastcore.nbio import read_nb
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -150,6 +150,26 @@ def test_line_length(path):
     cells = [c for c in read_nb(path).cells if c.cell_type == 'code']
     lines = [(line, 85 if is_visible(c) else 120) for c in cells for line in c.source.splitlines()]
     assert not [line for line, allowed in lines if len(line) > allowed and not line.startswith('#|')]
+
+
+@pytest.mark.parametrize('path', [p for p in notebooks if p.parent.name == 'howto'], ids=lambda p: p.name)
+def test_answer_first(path):
+    "The first code that a reader of a how-to sees, after the imports, is about this package"
+    cells = [c for c in read_nb(path).cells if c.cell_type == 'markdown' or is_visible(c)]
+    fences = [re.findall(r'```python\n(.*?)```', c.source, re.DOTALL) if c.cell_type == 'markdown' else [c.source]
+              for c in cells]
+    def imports(code): return all(re.match('import|from', line) for line in code.splitlines())
+    code = next(code for found in fences for code in found if not imports(code))
+    assert set(re.findall(r'\w+', code)) & set(onecycle_prune.all.__all__)
+
+
+@each_notebook
+def test_colab(path):
+    "The first cell of code installs the package on Colab, unless the notebook reads files of the repository"
+    cells = [c for c in read_nb(path).cells if c.cell_type == 'code']
+    installs = ['/content ] && pip install' in c.source for c in cells]
+    assert not any(installs[1:])
+    assert installs[0] != any("'../" in c.source for c in cells)
 
 
 @each_notebook

@@ -150,14 +150,12 @@ def words_of(keywords):
     return [word for k in keywords for word in re.findall(r'\w+', k) if word!=k]
 
 
-install = f'pip install git+{cfg.git_url}'
-
 def page_links(nb, path):
     "Links from a page to its notebook"
     name = quote(path)
-    if not any("'../" in c.source for c in nb.cells): # a notebook that reads files of the repository needs all of it
+    if any('[ -e /content ]' in c.source for c in nb.cells): # its first cell installs the package there
         colab = cfg.git_url.replace('github.com', 'colab.research.google.com/github')
-        yield f'[Open in Colab]({colab}/blob/{cfg.branch}/{name} "There, first run: !{install}")'
+        yield f'[Open in Colab]({colab}/blob/{cfg.branch}/{name})'
     yield f'[Notebook]({repo}/{name})'
     yield f'[Edit]({cfg.git_url}/edit/{cfg.branch}/{name})'
     yield f'[Report an issue]({cfg.git_url}/issues/new?title={name})'

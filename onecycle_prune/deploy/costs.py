@@ -106,13 +106,13 @@ def plot_costs(
     axes=None # Three Matplotlib axes; without them, new ones
 ): # The axes
     "Draw the size of the file, the multiply-adds and the time of each network as bars"
-    if axes is None: _, axes = plt.subplots(1, 3, figsize=(10, 1 + .4*len(table)), sharey=True)
+    if axes is None: _, axes = plt.subplots(3, figsize=(6, 2.2 + len(table)), layout='constrained')
     columns = {'MB, compressed': table['compressed MB'], 'ms': table.ms,
         'million multiply-adds without zeros': table['without zeros']/1e6}
     for ax,(label,values) in zip(axes, columns.items()):
         bars = ax.barh(table.index, values, xerr=table.spread if label=='ms' else None)
         ax.bar_label(bars, fmt='%.3g', padding=3)
         ax.set(xlabel=label)
-        ax.margins(x=.3) # for the labels
-    axes[0].invert_yaxis()
+        ax.margins(x=.2) # for the labels
+        ax.invert_yaxis()
     return axes

@@ -86,15 +86,15 @@ def plot_sweep(
     dense,pruned = table[table.sparsity==0].iloc[0],table[table.sparsity > 0]
     labels = {'zeros': 'sparsity', 'compressed MB': 'MB, compressed', 'without zeros': 'multiply-adds without zeros',
         time: 'ms, with speed_up' if time=='fast ms' else time}
-    _,axes = plt.subplots(1, 4, figsize=(10, 2.6), sharey=True, layout='constrained')
-    for ax,(column,label) in zip(axes, labels.items()):
+    _,axes = plt.subplots(2, 2, figsize=(6.5, 5), sharey=True, layout='constrained')
+    for ax,(column,label) in zip(axes.flat, labels.items()):
         ax.plot(pruned[column], pruned[metric], marker='o')
         ax.axhline(dense[metric], color='0.5', ls='--', label='dense')
         ax.set(xlabel=label)
         ax.locator_params(axis='x', nbins=4)
-    axes[0].set_ylabel(metric)
-    axes[0].legend()
-    return axes
+    for ax in axes[:,0]: ax.set_ylabel(metric)
+    axes[0, 0].legend()
+    return axes.ravel()
 
 # %% ../../nbs/experiments/52_sweep.ipynb #b6861043
 @call_parse
