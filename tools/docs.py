@@ -153,7 +153,7 @@ def words_of(keywords):
 def page_links(nb, path):
     "Links from a page to its notebook"
     name = quote(path)
-    if any('[ -e /content ]' in c.source for c in nb.cells): # its first cell installs the package there
+    if not any("'../" in c.source for c in nb.cells): # a notebook that reads files of the repository needs all of it
         colab = cfg.git_url.replace('github.com', 'colab.research.google.com/github')
         yield f'[Open in Colab]({colab}/blob/{cfg.branch}/{name})'
     yield f'[Notebook]({repo}/{name})'
