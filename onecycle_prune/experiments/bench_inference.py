@@ -126,11 +126,10 @@ runtimes = {'PyTorch': _pytorch, 'PyTorch, channels last': _channels_last, 'torc
     'ONNX Runtime': _onnxruntime, 'OpenVINO': _openvino, 'ONNX Runtime, int8': _onnxruntime_int8, 'speed_up': _speed_up}
 
 # %% ../../nbs/experiments/39_bench_inference.ipynb #58f9b431
-def _built(name, network, xs, folder):
+def _built(name, network, xs, expected, folder):
     "The function of a runtime, and its largest error; None, with a warning, if the runtime does not run the network"
     try: func = runtimes[name](network, xs, folder)
     except Exception as e: return warnings.warn(f'{name} does not run this network: {type(e).__name__}: {e}')
-    expected = network(*xs)
     return func, float((func() - expected).abs().max()/expected.abs().max())
 
 def bench_network(
@@ -152,9 +151,10 @@ def bench_network(
         built = {}
         for pruning in prunings:
             network = pruned_network(arch, *pruning)
+            expected = network(*xs)
             for name in names:
                 key = name, *(pruning if name=='speed_up' else anything)
-                if key not in built: built[key] = _built(name, network, xs, folder)
+                if key not in built: built[key] = _built(name, network, xs, expected, folder)
         built = {k: o for k,o in built.items() if o}
         times = time_in_turn({k: func for k,(func,_) in built.items()}, seconds)
     env = env_info(xs[0].device)
@@ -198,7 +198,8 @@ def plot_ratios(
             ax.title.set_size('medium')
     fig.supylabel(than.replace('times', 'times faster than'))
     handles = {label: handle for handle,label in zip(*axes[0, 0].get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4)
+    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4,
+        title='zeros at the bottom; solid: each layer by itself, dashed: one pool')
     return axes
 
 
