@@ -49,6 +49,7 @@ class Run:
     criteria:str # Name of a criterion; '' if dense
     bs:int # Images a batch
     lr:float # Highest learning rate
+    wd:float # Weight decay
     augment:bool # Whether training images are shifted at random, and mirrored if the source allows it
     bf16:bool # Whether to train in mixed precision with bfloat16
     channels_last:bool # Whether to store the channels last, which suits convolutions
@@ -123,7 +124,7 @@ def train(
     dls = get_dls(run.data, run.size, run.images, run.bs, augment=run.augment)
     cbs = [make() for make in fast_callbacks(run.bf16, run.channels_last)]
     loss_func = CrossEntropyLossFlat(label_smoothing=run.smoothing)
-    learn = Learner(dls, get_arch(run.arch)(num_classes=dls.c), loss_func, metrics=accuracy, cbs=cbs)
+    learn = Learner(dls, get_arch(run.arch)(num_classes=dls.c), loss_func, metrics=accuracy, cbs=cbs, wd=run.wd)
     result = fit_and_measure(learn, run.epochs, run.lr, run.callbacks(), run.bn_batches)
     report = sparsity_report(learn.model).set_index('layer')
     return result | dict(reached=report.sparsity['total'], zeros=report.zeros[report['shape']!=''].to_dict())
@@ -240,7 +241,7 @@ def _print_accuracies(runs, records):
     "Print the accuracies of the finished trainings among `runs`"
     df = finished_runs(records_of(runs, records))
     if df.empty: return print('No training has finished, so there are no accuracies to show.\n')
-    print('Accuracy in per cent: mean ± standard deviation over the seeds, the best in **\n')
+    print('Accuracy in per cent: mean over the seeds ± half of its 95 % confidence interval, the best in **\n')
     for heading,block in _blocks(df):
         table = budget_table(block).rename(index=lambda o: f'{o:.0%}', level='sparsity')
         print(f'{heading}, seeds: {block.seed.nunique()}\n{table.to_string()}\n')
@@ -261,6 +262,7 @@ def compare(
     seeds:str='0,1,2,3,4', # A training from each
     bs:int=64, # Images a batch
     lr:float=.01, # Highest learning rate
+    wd:float=.01, # Weight decay
     augment:store_true=False, # Shift training images at random, and mirror them where that keeps the class
     bf16:store_true=False, # Train in mixed precision with bfloat16
     smoothing:float=0., # Of the labels
@@ -278,8 +280,8 @@ def compare(
     try:
         runs = grid(parse_list(archs), parse_list(data), parse_list(sparsities, float), parse_list(schedules),
             parse_list(contexts), parse_list(layers), parse_list(criteria), parse_list(epochs, int),
-            parse_list(seeds, int), images, size, bs=bs, lr=lr, augment=augment, bf16=bf16, channels_last=channels_last,
-            smoothing=smoothing, bn_batches=bn_batches)
+            parse_list(seeds, int), images, size, bs=bs, lr=lr, wd=wd, augment=augment, bf16=bf16,
+            channels_last=channels_last, smoothing=smoothing, bn_batches=bn_batches)
         # A mistake does not depend on the seed.
         for run in dict.fromkeys(replace(run, seed=0) for run in runs): check_run(run)
         todo = remaining(_take_part(runs, part), read_records(out), again)

@@ -68,7 +68,7 @@ class Whiten(nn.Module):
         eps:float=5e-4 # Added to the variances, against noise in channels that are nearly constant
     ):
         super().__init__()
-        self.eps = eps
+        self.eps,self.is_fitted = eps,False
         n = 3*size**2
         self.register_buffer('weight', torch.zeros(2*n, 3, size, size))
 
@@ -85,7 +85,9 @@ class Whiten(nn.Module):
 
     def forward(self, x):
         # Tensors of the meta device, which only have shapes, hold no numbers to look at.
-        if self.training and not x.is_meta and not self.weight.any(): self.fit(x)
+        if self.training and not self.is_fitted and not x.is_meta:
+            if not self.weight.any(): self.fit(x) # and otherwise the weights were loaded
+            self.is_fitted = True # A GPU would wait for each look at the weights.
         return F.conv2d(x, self.weight.to(x.dtype))
 
 def airbench_cifar(

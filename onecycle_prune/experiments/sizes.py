@@ -88,7 +88,7 @@ def train_size(
 # %% ../../nbs/experiments/55_sizes.ipynb #aa8b8a7b
 def sizes_table(
     records:list[dict] # As `read_records` returns them
-)->pd.DataFrame: # By data, large width, sparsity and form: width, nonzeros, seconds, accuracy and std in %, seeds
+)->pd.DataFrame: # By data, large width, sparsity and form: width, nonzeros, seconds, accuracy and margin in %, seeds
     "The means over the seeds; raises `ValueError` without results"
     df = finished_runs(records)
     if df.empty: raise ValueError('No training has finished.')

@@ -30,7 +30,7 @@ from ..callback import SparsifyCallback
 from ..deploy.costs import multiply_adds
 from ..deploy.shrink import shrink
 from ..deploy.speed_up import median_and_spread, time_in_turn
-from .analysis import finished_runs
+from .analysis import finished_runs, margin
 from .data import get_dls, get_source
 from .grid import ValidateLast, train_remaining
 from .networks import closest_width, count_params_and_macs, get_arch, resnet18_cifar
@@ -126,7 +126,7 @@ def width_table(
     dense = df[df.method=='dense'].multiply_adds.max()
     df['left'] = df.multiply_adds/dense
     by = df.groupby(['removed', 'method'], sort=False)
-    return by.agg(accuracy=('accuracy', 'mean'), std=('accuracy', 'std'), left=('left', 'mean'),
+    return by.agg(accuracy=('accuracy', 'mean'), margin=('accuracy', margin), left=('left', 'mean'),
         seconds=('seconds', 'mean'), n=('seed', 'size')).sort_index(level=0, sort_remaining=False)
 
 @call_parse

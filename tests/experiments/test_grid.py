@@ -15,7 +15,7 @@ from torch import nn
 from reference import layers_of
 
 run = Run('resnet18_cifar_quarter', 'digits', 100, 8, 1, 0,
-    'one_cycle', .9, 'local', 'all', 'large_final', 20, 3e-3, False, False, False, 0., 12)
+    'one_cycle', .9, 'local', 'all', 'large_final', 20, 3e-3, .01, False, False, False, 0., 12)
 args = ('--archs resnet18_cifar_quarter --images 100 --bs 20 --schedules dense,one_cycle --sparsities .9 --epochs 1 '
         '--seeds 0,1').split()
 # The script that pip writes for an entry of console_scripts
@@ -207,7 +207,7 @@ def test_refuses(given, says, call):
 
 def test_dense_is_trained_once():
     runs = grid([run.arch], ['digits'], [.8, .9, .95], ['dense', 'one_cycle'], ['local', 'global'], ['all'],
-        ['large_final', 'random'], [2], [0, 1], bs=20, lr=.01, augment=False, bf16=False, channels_last=False,
+        ['large_final', 'random'], [2], [0, 1], bs=20, lr=.01, wd=.01, augment=False, bf16=False, channels_last=False,
         smoothing=0., bn_batches=12)
     assert len(runs) == len(set(runs)) == 2*(1 + 3*2*2)
     assert [r.seed for r in runs] == [0]*13 + [1]*13  # seed by seed
