@@ -16,7 +16,9 @@ __all__ = ['running_norms', 'trained_norms', 'n_inputs', 'learner_inputs', 'esti
 import torch
 from collections import deque
 from collections.abc import Iterable,Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
+from copy import copy
+from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import no_random, to_device
 from itertools import chain,islice
 from numbers import Integral
@@ -103,6 +105,16 @@ def _average_over_processes(norms, group):
             torch.distributed.all_reduce(t, group=group)
             t.div_(torch.distributed.get_world_size(group))
 
+@torch.no_grad()
+def _silence_constant_channels(norms):
+    """Give a channel without variance its squared mean, so that it evaluates to the bias of its norm, as in training
+
+    Otherwise the difference between its value and its mean is divided by the root of `eps`, and another precision than
+    that of the estimate rounds the value in another way."""
+    for m in norms:
+        is_constant = (m.running_var < m.eps/1000) & (m.num_batches_tracked > 0) # no batch reached a norm with 0
+        m.running_var.copy_(torch.where(is_constant, m.running_mean**2, m.running_var))
+
 def _estimate(model, norms, batches):
     "Estimate the statistics of `norms` from `batches`, each a tuple or a dict of inputs; an error changes nothing"
     net = unwrap_model(model)
@@ -113,7 +125,8 @@ def _estimate(model, norms, batches):
             estimator.restore()
             raise
         if not estimator.n_batches: estimator.restore()
-    if isinstance(model, DistributedDataParallel): _average_over_processes(norms, model.process_group)
+        if isinstance(model, DistributedDataParallel): _average_over_processes(norms, model.process_group)
+        _silence_constant_channels(norms)
 
 # %% ../nbs/09_batchnorm.ipynb #4830f899
 def n_inputs(
@@ -131,6 +144,17 @@ def learner_inputs(
     if hasattr(dl, 'new'): dl = dl.new(num_workers=0)
     for batch in dl: yield tuple(batch[:n_inputs(learn.dls, batch)])
 
+def _precision_of(learn):
+    "The mixed precision that a learner trains and validates in, as a context"
+    mixed = next((cb for cb in getattr(learn, 'cbs', []) if isinstance(cb, MixedPrecision)), None)
+    if mixed is None: return nullcontext()
+    autocast = getattr(mixed, 'autocast', None)
+    if autocast is None: # between two trainings
+        mixed.before_fit()
+        autocast = mixed.autocast
+        mixed.after_fit()
+    return copy(autocast) # The training may be within its own.
+
 def _inputs(batch, n_inp):
     "The inputs of a batch as `_estimate` takes them"
     if isinstance(batch, dict): return batch
@@ -144,9 +168,11 @@ def estimate_batchnorms(
 )->int: # Number of norms whose statistics were estimated
     """Estimate the running statistics of batch norms again: averages over batches, for the weights as they are now
 
-    Norms that training leaves alone, in evaluation mode or frozen, keep their statistics. In `DistributedDataParallel`
-    each process gives its own batches, and all get the same averages. Raises `ValueError` if a model has no `batches`.
-    Source: `torch.optim.swa_utils.update_bn`, and precise batch norm (Wu and Johnson, arXiv 2105.07576)."""
+    Norms that training leaves alone, in evaluation mode or frozen, keep their statistics. A channel that is constant in
+    all batches gets the variance mean², so that it evaluates to the norm's bias in any precision. The mixed precision of
+    a learner is used. In `DistributedDataParallel` each process gives its own batches, and all get the same averages.
+    Raises `ValueError` if a model has no `batches`. Source: `torch.optim.swa_utils.update_bn`, and precise batch norm
+    (Wu and Johnson, arXiv 2105.07576)."""
     learn,model = (None,model) if isinstance(model, nn.Module) else (model,getattr(model, 'model', model))
     net = unwrap_model(model)
     if batches is None and learn is None:
@@ -155,7 +181,7 @@ def estimate_batchnorms(
     if not norms: return 0
     inputs = learner_inputs(learn) if batches is None else (_inputs(batch, n_inp) for batch in batches)
     device = next(chain(net.parameters(), net.buffers())).device
-    _estimate(model, norms, (to_device(o, device) for o in islice(inputs, n_batches)))
+    with _precision_of(learn): _estimate(model, norms, (to_device(o, device) for o in islice(inputs, n_batches)))
     return len(norms)
 
 # %% ../nbs/09_batchnorm.ipynb #b7560fa9

@@ -11,6 +11,7 @@ from fastai.callback.all import BnFreeze, GradientAccumulation, SaveModelCallbac
 from fastai.vision.gan import FixedGANSwitcher, GANLearner
 from onecycle_prune.batchnorm import estimate_batchnorms
 from onecycle_prune.callback import SparsifyCallback
+from onecycle_prune.experiments.common import BFloat16
 from onecycle_prune.layers import unwrap_model
 from torch import nn
 from torch.ao.nn.intrinsic import qat
@@ -39,7 +40,8 @@ def stats(net):
 def as_used(net, batches):
     """The statistics that the norms should have: of each norm's input, averaged over batches, dropout off
 
-    Norms normalize by the batch here, by a forward that is not theirs, so none of them changes."""
+    Norms normalize by the batch here, by a forward that is not theirs, so none of them changes. The variance of a channel
+    that is constant is its squared mean."""
     seen = {n: [] for n in norms_of(net)}
     def normalize(name):
         def forward(x):
@@ -61,7 +63,8 @@ def as_used(net, batches):
         for xb in batches: unwrap_model(net)(*xb)
     for m in norms_of(net).values(): del m.forward
     net.train(was)
-    return {n: tuple(torch.stack(o).mean(0) for o in zip(*s)) for n, s in seen.items() if s}
+    averages = {n: [torch.stack(o).mean(0) for o in zip(*s)] for n, s in seen.items() if s}
+    return {n: (mean, var.where(var >= norms_of(net)[n].eps/1000, mean**2)) for n, (mean, var) in averages.items()}
 
 
 class Batches(Callback):
@@ -523,6 +526,37 @@ def test_learner(new_learner):
     expected = stats(learn.model)
     close(expected['1'][0], as_used(learn.model, [(100 + torch.randn(48, 4, 6, 6),)])['1'][0], rtol=.1, atol=10.)
     assert expected['1'][0].abs().max() > 10
+
+
+@pytest.mark.parametrize('within', [False, True], ids=['between trainings', 'in a training'])
+def test_learner_in_mixed_precision(new_learner, within):
+    "A learner's batches are computed in its own precision, and its training goes on as before"
+    learn, dtypes = new_learner(norm_net(nn.BatchNorm2d)), []
+    learn.add_cb(BFloat16())
+    learn.model[0].register_forward_hook(lambda m, inp, out: dtypes.append((m.training, out.dtype)))
+    if within: learn.fit(2, cbs=Callback(before_validate=lambda self: estimate_batchnorms(self.learn)))
+    else: estimate_batchnorms(learn)
+    assert dtypes and {d for training, d in dtypes} == {torch.bfloat16}
+    assert not torch.is_autocast_enabled('cpu') and len({training for training, _ in dtypes}) == 1 + within
+    learn.fit(1)
+
+
+@pytest.mark.parametrize('value', [.333, -3.333, 333.3])
+@pytest.mark.parametrize('first', [torch.bfloat16, torch.float32], ids=str)
+def test_constant_channel(value, first):
+    "A channel that does not vary evaluates to the bias of its norm, as in training, also in another precision"
+    net = nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3))
+    nn.init.zeros_(net[0].weight[:2])
+    nn.init.constant_(net[0].bias, value)
+    nn.init.zeros_(net[0].bias[1])
+    nn.init.uniform_(net[1].bias)
+    x = data(16, 4, 6, 6)
+    def in_precision(dtype): return torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with in_precision(first): estimate_batchnorms(net, [x])
+    for dtype in (torch.bfloat16, torch.float32):
+        with in_precision(dtype), torch.no_grad(): y = net.eval()(x).float()
+        for i in (0, 1): close(y[:, i], net[1].bias[i].detach().expand_as(y[:, i]), rtol=0, atol=.01)
+        assert .9 < y[:, 2].std() < 1.1  # the other channel varies as it should
 
 
 def test_no_batches():
