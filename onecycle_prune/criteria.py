@@ -10,8 +10,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/criteria.html.md"""
 __all__ = ['criteria', 'criteria_aliases', 'fused', 'large_final', 'small_final', 'squared_final', 'needs_gradient', 'taylor',
            'Criteria', 'large_init', 'small_init', 'large_init_large_final', 'small_init_small_final',
            'magnitude_increase', 'magnitude_change', 'movement', 'movmag', 'updating_movement', 'updating_movmag',
-           'updating_magnitude_increase', 'AtInit', 'Wanda', 'needs_step', 'Drawn', 'Shuffled', 'get_criteria',
-           'Variety']
+           'updating_magnitude_increase', 'AtInit', 'Wanda', 'ranks_by_step', 'needs_step', 'Drawn', 'Shuffled',
+           'get_criteria', 'Variety']
 
 # %% ../nbs/02_criteria.ipynb #2de2aba8
 import sys,torch
@@ -229,11 +229,17 @@ differ much between layers, so take `context='local'`."""
     def __reduce__(self): return Wanda, ()
     def __repr__(self): return 'Wanda()'
 
+def ranks_by_step(
+    criterion # As `get_criteria` gives it
+)->bool:
+    "Whether a criterion ranks by the last step: it reads gradients, or compares with the weights before the step"
+    return hasattr(criterion, 'needs_gradient') or getattr(criterion, 'memory', None)=='last'
+
 def needs_step(
     criterion # As `get_criteria` gives it
 )->bool:
     "Whether a criterion says nothing before the first step: it reads gradients, or compares weights"
-    return hasattr(criterion, 'needs_gradient') or getattr(criterion, 'memory', None) in ('start', 'last')
+    return ranks_by_step(criterion) or getattr(criterion, 'memory', None)=='start'
 
 # %% ../nbs/02_criteria.ipynb #2474a861
 class _Changed(AtInit):

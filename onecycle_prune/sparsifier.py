@@ -19,7 +19,7 @@ from warnings import warn
 from ._utils import explain_arguments
 from .channels import as_inputs
 from .checks import FiniteCheck, TieCheck, with_gradient
-from .criteria import get_criteria, large_final
+from .criteria import get_criteria, large_final, ranks_by_step
 from .distributions import ByCost, Share, needs_inputs
 from .granularity import Granularity, get_granularity, grouped_view
 from .layers import Weight, choose, kind_name, named_tensors, tensor_names, unwrap_model
@@ -293,7 +293,7 @@ the weights. Raises `ValueError` as `prune` and `score` do."""
 
     def ignore_steps(self):
         "Rank by magnitude from now on, if the criterion says nothing without a new step, as with gradients"
-        if not hasattr(self.criteria, 'needs_gradient') and getattr(self.criteria, 'memory', None)!='last': return
+        if not ranks_by_step(self.criteria): return
         self.criteria = large_final
         self.memory = {}
 

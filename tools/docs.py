@@ -36,7 +36,7 @@ questions = ['choose how much and where', 'prune your kind of model', 'keep a mo
 groups = {
     'Tutorials': ['tutorials/*'],
     **{f'How to {question}': [] for question in questions},
-    'Results': ['results'],
+    'Results': ['results', 'comparisons'],
     'Explanations': ['explanations/*'],
     'Reference: callback and sparsifier': [f'??_{name}' for name in (
         'callback', 'sparsifier', 'finder', 'report', 'batchnorm', 'checkpoint')],

@@ -8,7 +8,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/analysis.html.
 
 # %% auto #0
 __all__ = ['read_runs', 'finished_runs', 'paper_runs', 'paper_runs_and_default', 'margin', 'accuracies', 'accuracy_table',
-           'budget_table', 'as_markdown', 'holm', 'differences', 'plot_accuracy', 'plot_time']
+           'budget_table', 'as_markdown', 'holm', 'differences', 'significant', 'difference_table', 'plot_accuracy',
+           'plot_time']
 
 # %% ../../nbs/experiments/34_analysis.ipynb #5c44981e
 import math, matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -165,6 +166,24 @@ def _mean_and_interval(diff, level):
     if len(diff)==1: return diff.mean(),math.nan,math.nan,math.nan,1
     test = stats.ttest_1samp(diff, 0)
     return diff.mean(),*test.confidence_interval(level),test.pvalue,len(diff)
+
+# %% ../../nbs/experiments/34_analysis.ipynb #746efc53
+def significant(
+    diff:pd.DataFrame # As `differences` returns it
+)->pd.Series: # -1 or 1, with the index of these rows
+    "The signs of the significant differences: those whose corrected `p` is below .05"
+    return np.sign(diff['mean'][diff.p < .05])
+
+# %% ../../nbs/experiments/34_analysis.ipynb #3b385b5c
+def difference_table(
+    diff:pd.DataFrame # As `differences` returns it
+)->pd.DataFrame: # Texts such as '-1.20 [-2.10, -0.30]', with the significant ones in `**`; '–' where there is none
+    "Differences with their confidence intervals, with a column for each value that is compared"
+    def _cell(o):
+        interval = '' if math.isnan(o.low) else f' [{o.low:+.2f}, {o.high:+.2f}]'
+        return f"**{o['mean']:+.2f}{interval}**" if o.name in found else f"{o['mean']:+.2f}{interval}"
+    found = significant(diff).index
+    return diff.apply(_cell, axis=1).unstack(fill_value='–')
 
 # %% ../../nbs/experiments/34_analysis.ipynb #46137aa9
 def _draw_line(ax, name, x, acc):

@@ -17,6 +17,7 @@ from copy import deepcopy
 from fastai.learner import Callback, Learner, SkipToEpoch
 from fastcore.basics import listify, noop
 from numbers import Integral, Real
+from ..criteria import ranks_by_step
 from ..guard import KeepPruned
 from ..layers import unwrap_model
 from ..report import sparsity_report
@@ -64,7 +65,7 @@ def _check(sparsities, rewind, sparsifier):
     if not isinstance(rewind, Integral) or rewind < 0:
         raise ValueError(f'rewind is a number of epochs, 0 or more, got {rewind!r}.')
     criterion = sparsifier.criteria
-    if hasattr(criterion, 'needs_gradient') or getattr(criterion, 'memory', None)=='last':
+    if ranks_by_step(criterion):
         name = getattr(criterion, '__name__', criterion)
         raise ValueError(f"{name!r} ranks by the last step of a training. Tickets are pruned after a training: take a "
                          "criterion of the weights, such as 'large_final' or 'movement'.")
