@@ -168,9 +168,9 @@ def estimate_batchnorms(
 )->int: # Number of norms whose statistics were estimated
     """Estimate the running statistics of batch norms again: averages over batches, for the weights as they are now
 
-    Norms that training leaves alone, in evaluation mode or frozen, keep their statistics. A channel that is constant in
-    all batches gets the variance mean², so that it evaluates to the norm's bias in any precision. The mixed precision of
-    a learner is used. In `DistributedDataParallel` each process gives its own batches, and all get the same averages.
+    Norms that training leaves alone, in evaluation mode or frozen, keep their statistics. A channel that is constant
+    in all batches gets the variance mean², so that it evaluates to the bias in any precision. The mixed precision
+    of a learner is used. In `DistributedDataParallel` each process gives its own batches; all get the same averages.
     Raises `ValueError` if a model has no `batches`. Source: `torch.optim.swa_utils.update_bn`, and precise batch norm
     (Wu and Johnson, arXiv 2105.07576)."""
     learn,model = (None,model) if isinstance(model, nn.Module) else (model,getattr(model, 'model', model))

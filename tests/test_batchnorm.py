@@ -40,8 +40,8 @@ def stats(net):
 def as_used(net, batches):
     """The statistics that the norms should have: of each norm's input, averaged over batches, dropout off
 
-    Norms normalize by the batch here, by a forward that is not theirs, so none of them changes. The variance of a channel
-    that is constant is its squared mean."""
+    Norms normalize by the batch here, by a forward that is not theirs, so none of them changes. A channel that is
+    constant has its squared mean for its variance."""
     seen = {n: [] for n in norms_of(net)}
     def normalize(name):
         def forward(x):
