@@ -17,7 +17,7 @@ from functools import cache
 from types import SimpleNamespace
 from . import numba_kernels as kernels
 from .bits import as_ints, mark_changed
-from .numpy_backend import bounds
+from .numpy_backend import bounds, sure_bound
 
 # %% ../../nbs/select/24_numba_backend.ipynb #81b0cc09
 @cache
@@ -74,8 +74,8 @@ class NumbaBackend(Blocks):
     def __init__(self, problems):
         super().__init__(problems)
         self.n_prune = np.array([p.n_prune for p in problems])
-        self.candidates = np.empty((len(self.blocks), kernels.block_size//64), np.uint64)
-        self.counts = np.zeros(len(self.blocks), int)
+        self.candidates,self.open = np.empty((2, len(self.blocks), kernels.block_size//64), np.uint64)
+        self.counts = np.zeros((len(self.blocks), 2), int)
         self._find_candidates()
         self._find_thresholds()
 
@@ -88,39 +88,51 @@ class NumbaBackend(Blocks):
     def _rows(self, pools): return np.flatnonzero(pools[self.layout.pool])
 
     def _find_candidates(self):
-        "Zero pruned weights, and mark at least as many candidates as shall be pruned"
-        limits = self._limits()
+        "Zero pruned weights, and mark at least as many candidates as shall be pruned, and of these the open ones"
+        limits,sure = self._limits()
         limit = np.zeros_like(self.n_prune, self.inf.dtype)
         todo = np.ones(len(limit), bool)
         while todo.any():
             for p in np.flatnonzero(todo): limit[p] = next(limits[p])
             kernels.find_candidates(self._rows(todo), self.blocks, self.formula, *self.run, self.inf,
-                                    limit[self.layout.pool], self.candidates, self.counts)
-            self.n_candidates = np.add.reduceat(self.counts, self.layout.first_block)
-            todo = self.n_candidates < self.n_prune
+                                    limit[self.layout.pool], sure[self.layout.pool], self.candidates, self.open,
+                                    self.counts)
+            n_candidates,self.n_open = np.add.reduceat(self.counts, self.layout.first_block).T
+            todo = n_candidates < self.n_prune
+        self.n_sure = n_candidates - self.n_open
+        self._open_all((self.n_sure >= self.n_prune) & (self.n_sure > 0))
+
+    def _open_all(self, pools):
+        "Let all candidates of `pools` be open, since too many are sure"
+        blocks = pools[self.layout.pool]
+        self.open[blocks] = self.candidates[blocks]
+        self.counts[blocks, 1] = self.counts[blocks, 0]
+        self.n_open[pools] += self.n_sure[pools]
+        self.n_sure[pools] = 0
 
     def _limits(self):
-        "For each pool, rising limits for the keys of its candidates; the lowest integer means none"
+        "For each pool, rising limits for the keys of its candidates, and one for the sure ones; the lowest means none"
         lowest,unknown = (getattr(np.iinfo(self.inf.dtype), o) for o in ('min', 'max'))
         sample_size = kernels.block_size//kernels.sample_every*kernels.sample_run
         samples = np.full((len(self.blocks), sample_size), unknown, self.inf.dtype)
         kernels.sample_keys(self.blocks, self.formula, *self.run, self.inf, samples)
         samples = np.split(samples, self.layout.first_block[1:])
-        return [bounds(s.ravel(), n*share, self.inf) if n else iter([lowest])
-                for s,n,share in zip(samples, self.n_prune.tolist(), self.layout.sampled_share)]
+        expected = [(s.ravel(), n*share) for s,n,share in zip(samples, self.n_prune.tolist(), self.layout.sampled_share)]
+        sure = np.array([sure_bound(s, n, lowest) for s,n in expected], self.inf.dtype)
+        return [bounds(s, n, self.inf) if n else iter([lowest]) for s,n in expected],sure
 
     def _find_thresholds(self):
         "The threshold of each pool, how many ties each block prunes, and which pools fall back"
-        keys = np.empty(self.n_candidates.sum(), self.inf.dtype)
+        keys = np.empty(self.n_open.sum(), self.inf.dtype)
         highest = np.zeros(len(self.blocks), self.inf.dtype)
-        starts = np.cumsum(self.counts) - self.counts
-        kernels.gather_keys(self._rows(self.n_prune > 0), self.blocks, self.formula, self.inf, self.candidates, starts,
-                            keys, highest)
+        n_open = self.counts[:, 1]
+        kernels.gather_keys(self._rows(self.n_prune > 0), self.blocks, self.formula, self.inf, self.open,
+                            np.cumsum(n_open) - n_open, keys, highest)
         self.thresholds = np.zeros_like(self.n_prune, self.inf.dtype)
         self.n_ties = [None]*len(self.n_prune)
         ties = {} # {pool that has more ties than it prunes: how many it prunes}
-        keys_of_pools = np.split(keys, np.cumsum(self.n_candidates)[:-1])
-        for p,(pool_keys,n) in enumerate(zip(keys_of_pools, self.n_prune.tolist())):
+        keys_of_pools = np.split(keys, np.cumsum(self.n_open)[:-1])
+        for p,(pool_keys,n) in enumerate(zip(keys_of_pools, (self.n_prune - self.n_sure).tolist())):
             if not n: continue
             pool_keys.partition(n-1) # in place
             self.thresholds[p] = threshold = pool_keys[n-1]
@@ -139,7 +151,7 @@ class NumbaBackend(Blocks):
             blocks = self.layout.layer==layer
             # Counting is slow, so only a layer that would lose all its candidates is counted.
             return (highest[blocks].max() <= threshold and
-                    self.counts[blocks].sum() + int(self.pruned[layer].count_nonzero()) == self.weights[layer].numel())
+                    self.counts[blocks, 0].sum() + int(self.pruned[layer].count_nonzero()) == self.weights[layer].numel())
         return np.array([len(layers) > 1 and any(_collapses(l, threshold) for l in layers)
                          for layers,threshold in zip(self.layout.layers, self.thresholds)])
 
@@ -147,9 +159,9 @@ class NumbaBackend(Blocks):
         "For each block, how many of its ties are pruned: all, or in a pool of `ties` only the first ones"
         to_prune = self.layout.size.copy()
         if not ties: return to_prune
-        n_ties = np.zeros_like(self.counts)
+        n_ties = np.zeros_like(to_prune)
         rows = self._rows(np.isin(np.arange(len(self.n_prune)), list(ties)))
-        kernels.count_ties(rows, self.blocks, self.formula, self.candidates, self.thresholds[self.layout.pool], n_ties)
+        kernels.count_ties(rows, self.blocks, self.formula, self.open, self.thresholds[self.layout.pool], n_ties)
         for p,n in ties.items():
             blocks = self.layout.pool==p
             before = np.cumsum(n_ties[blocks]) - n_ties[blocks]

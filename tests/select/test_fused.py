@@ -77,6 +77,30 @@ def test_every_k():
     holds()
 
 
+# Weights, of which the first 16 of each 4096 are the sample. It is typical, far too high, or far too low.
+big = torch.randn(3, 2**16, generator=torch.Generator().manual_seed(0))
+sampled = torch.arange(2**16) % 4096 < 16
+samples = dict(typical=big, high=big + 100*sampled, low=torch.where(sampled, .21, big), ties=(4*big).round(),
+    equal=torch.ones_like(big))
+
+
+@pytest.mark.parametrize('name', samples)
+@pytest.mark.parametrize('n_pools', [1, 3])
+@pytest.mark.usefixtures('threads')
+def test_sample(name, n_pools, monkeypatch):
+    "What a sample says of the weights may be wrong, and the masks are right"
+    n_sure, find = [], NumbaBackend._open_all
+    monkeypatch.setattr(NumbaBackend, '_open_all',
+        lambda self, pools: n_sure.append(self.n_sure.copy()) or find(self, pools))
+    layers = [w.clone() for w in samples[name]]
+    masks = [w.abs() < .2 for w in layers]
+    parts = [slice(None)] if n_pools == 1 else [slice(i, i+1) for i in range(3)]
+    pools, more = [(layers[o], masks[o]) for o in parts], 20_000//n_pools
+    solved = check([(ws, ms, sum(int(m.sum()) for m in ms) + more) for ws, ms in pools])
+    assert all(solved) == (name != 'equal' or n_pools == 3)  # a layer may collapse if all its weights have the threshold
+    assert (n_sure[0] > 0).all() and (n_sure[0] > more).any() == (name in ('high', 'ties', 'equal'))
+
+
 @pytest.mark.parametrize('dtype', dtypes, ids=str)
 @pytest.mark.usefixtures('threads')
 def test_big(dtype):
