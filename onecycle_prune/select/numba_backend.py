@@ -117,9 +117,10 @@ class NumbaBackend(Blocks):
         samples = np.full((len(self.blocks), sample_size), unknown, self.inf.dtype)
         kernels.sample_keys(self.blocks, self.formula, *self.run, self.inf, samples)
         samples = np.split(samples, self.layout.first_block[1:])
-        expected = [(s.ravel(), n*share) for s,n,share in zip(samples, self.n_prune.tolist(), self.layout.sampled_share)]
-        sure = np.array([sure_bound(s, n, lowest) for s,n in expected], self.inf.dtype)
-        return [bounds(s, n, self.inf) if n else iter([lowest]) for s,n in expected],sure
+        expected = [n*share for n,share in zip(self.n_prune.tolist(), self.layout.sampled_share)]
+        pools = [(s.ravel(), n) for s,n in zip(samples, expected)]
+        sure = np.array([sure_bound(s, n, lowest) for s,n in pools], self.inf.dtype)
+        return [bounds(s, n, self.inf) if n else iter([lowest]) for s,n in pools],sure
 
     def _find_thresholds(self):
         "The threshold of each pool, how many ties each block prunes, and which pools fall back"
@@ -150,8 +151,8 @@ class NumbaBackend(Blocks):
         def _collapses(layer, threshold):
             blocks = self.layout.layer==layer
             # Counting is slow, so only a layer that would lose all its candidates is counted.
-            return (highest[blocks].max() <= threshold and
-                    self.counts[blocks, 0].sum() + int(self.pruned[layer].count_nonzero()) == self.weights[layer].numel())
+            if highest[blocks].max() > threshold: return False
+            return self.counts[blocks, 0].sum() + int(self.pruned[layer].count_nonzero()) == self.weights[layer].numel()
         return np.array([len(layers) > 1 and any(_collapses(l, threshold) for l in layers)
                          for layers,threshold in zip(self.layout.layers, self.thresholds)])
 

@@ -169,7 +169,8 @@ def _fetch_address(typingctx, address):
     "Begin to read the line of the cache that `address` belongs to, also if nothing is there"
     def codegen(context, builder, signature, args):
         kinds = [cgutils.voidptr_t, _int32, _int32, _int32]
-        prefetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), 'llvm.prefetch')
+        kind = ir.FunctionType(ir.VoidType(), kinds)
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, 'llvm.prefetch')
         to_write,to_keep,data = (ir.Constant(_int32, o) for o in (1, 3, 1))
         builder.call(prefetch, [builder.inttoptr(args[0], cgutils.voidptr_t), to_write, to_keep, data])
         return context.get_dummy_value()
@@ -198,8 +199,8 @@ def _next_candidate(word):
 def _fetch_candidates(word, bits, other, i, formula):
     """Begin to read candidates among 64 weights from `i` on
 
-    How many there are is a branch that no processor can predict, which costs as much as it gains. So if scores follow from
-    the weights alone, only the first is fetched. If they need two tensors, all are."""
+    How many there are is a branch that no processor can predict, which costs as much as it gains. So if scores follow
+    from the weights alone, only the first is fetched. If they need two tensors, all are."""
     if not _has_other(formula): return _fetch(bits, i + np.int64(trailing_zeros(word) & 63))
     while word:
         k,word = _next_candidate(word)

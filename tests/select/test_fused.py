@@ -97,7 +97,8 @@ def test_sample(name, n_pools, monkeypatch):
     parts = [slice(None)] if n_pools == 1 else [slice(i, i+1) for i in range(3)]
     pools, more = [(layers[o], masks[o]) for o in parts], 20_000//n_pools
     solved = check([(ws, ms, sum(int(m.sum()) for m in ms) + more) for ws, ms in pools])
-    assert all(solved) == (name != 'equal' or n_pools == 3)  # a layer may collapse if all its weights have the threshold
+    # A layer may collapse if all its weights have the threshold.
+    assert all(solved) == (name != 'equal' or n_pools == 3)
     assert (n_sure[0] > 0).all() and (n_sure[0] > more).any() == (name in ('high', 'ties', 'equal'))
 
 
