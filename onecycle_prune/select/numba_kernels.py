@@ -161,52 +161,6 @@ def _key_of(typingctx, bits, other, i, formula):
         return _key(builder, _score_bits(builder, args[3], w, _load_other))
     return bits.dtype(bits, types.int64, types.int64, types.int64),codegen
 
-# %% ../../nbs/select/23_numba_kernels.ipynb #a2159695
-ahead = 32 # words of 64 weights that a loop fetches before it needs them
-
-@intrinsic
-def _fetch_address(typingctx, address):
-    "Begin to read the line of the cache that `address` belongs to, also if nothing is there"
-    def codegen(context, builder, signature, args):
-        kinds = [cgutils.voidptr_t, _int32, _int32, _int32]
-        kind = ir.FunctionType(ir.VoidType(), kinds)
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, 'llvm.prefetch')
-        to_write,to_keep,data = (ir.Constant(_int32, o) for o in (1, 3, 1))
-        builder.call(prefetch, [builder.inttoptr(args[0], cgutils.voidptr_t), to_write, to_keep, data])
-        return context.get_dummy_value()
-    return types.void(address),codegen
-
-@njit
-def _fetch(array, i): _fetch_address(array.ctypes.data + np.int64(i)*array.itemsize)
-
-@njit
-def _has_other(formula): return formula > 1 # all but the first two formulas
-
-@njit
-def _fetch_64(bits, other, pruned, i, formula):
-    "Begin to read 64 weights from `i` on, and what belongs to them"
-    _fetch(pruned, i)
-    for k in range(0, 64, 64//bits.itemsize):
-        _fetch(bits, i+k)
-        if _has_other(formula): _fetch_address(other + (i+k)*bits.itemsize)
-
-@njit
-def _next_candidate(word):
-    "The place of the lowest bit of `word`, and the word without it; unsigned, since an index is then not looked at"
-    return np.uint64(trailing_zeros(word)),word & (word - np.uint64(1))
-
-@njit
-def _fetch_candidates(word, bits, other, i, formula):
-    """Begin to read candidates among 64 weights from `i` on
-
-    How many there are is a branch that no processor can predict, which costs as much as it gains. So if scores follow
-    from the weights alone, only the first is fetched. If they need two tensors, all are."""
-    if not _has_other(formula): return _fetch(bits, i + np.int64(trailing_zeros(word) & 63))
-    while word:
-        k,word = _next_candidate(word)
-        _fetch(bits, i + np.int64(k))
-        _fetch_address(other + (i + np.int64(k))*bits.itemsize)
-
 # %% ../../nbs/select/23_numba_kernels.ipynb #8d2dc570
 @njit
 def _is_allowed(bits, other, pruned, i, formula, inf, stride, m, n_allowed):
@@ -278,6 +232,52 @@ def _allowed_of(word, bits, other, pruned, i, formula, inf, stride, places, m, n
         if _is_allowed(bits, other, pruned, i+np.int64(k), formula, inf, stride, m, n_allowed):
             allowed |= np.uint64(1) << k
     return allowed
+
+# %% ../../nbs/select/23_numba_kernels.ipynb #a2159695
+ahead = 32 # words of 64 weights that a loop fetches before it needs them
+
+@intrinsic
+def _fetch_address(typingctx, address):
+    "Begin to read the line of the cache that `address` belongs to, also if nothing is there"
+    def codegen(context, builder, signature, args):
+        kinds = [cgutils.voidptr_t, _int32, _int32, _int32]
+        kind = ir.FunctionType(ir.VoidType(), kinds)
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, 'llvm.prefetch')
+        to_write,to_keep,data = (ir.Constant(_int32, o) for o in (1, 3, 1))
+        builder.call(prefetch, [builder.inttoptr(args[0], cgutils.voidptr_t), to_write, to_keep, data])
+        return context.get_dummy_value()
+    return types.void(address),codegen
+
+@njit
+def _fetch(array, i): _fetch_address(array.ctypes.data + np.int64(i)*array.itemsize)
+
+@njit
+def _has_other(formula): return formula > 1 # all but the first two formulas
+
+@njit
+def _fetch_64(bits, other, pruned, i, formula):
+    "Begin to read 64 weights from `i` on, and what belongs to them"
+    _fetch(pruned, i)
+    for k in range(0, 64, 64//bits.itemsize):
+        _fetch(bits, i+k)
+        if _has_other(formula): _fetch_address(other + (i+k)*bits.itemsize)
+
+@njit
+def _next_candidate(word):
+    "The place of the lowest bit of `word`, and the word without it; unsigned, since an index is then not looked at"
+    return np.uint64(trailing_zeros(word)),word & (word - np.uint64(1))
+
+@njit
+def _fetch_candidates(word, bits, other, i, formula):
+    """Begin to read candidates among 64 weights from `i` on
+
+    How many there are is a branch that no processor can predict, which costs as much as it gains. So if scores follow
+    from the weights alone, only the first is fetched. If they need two tensors, all are."""
+    if not _has_other(formula): return _fetch(bits, i + np.int64(trailing_zeros(word) & 63))
+    while word:
+        k,word = _next_candidate(word)
+        _fetch(bits, i + np.int64(k))
+        _fetch_address(other + (i + np.int64(k))*bits.itemsize)
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #598989c0
 @_compiled
