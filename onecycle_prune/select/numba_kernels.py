@@ -268,11 +268,13 @@ def _next_candidate(word):
     return np.uint64(trailing_zeros(word)),word & (word - np.uint64(1))
 
 @njit
-def _fetch_candidates(word, bits, other, i, formula):
-    """Begin to read candidates among 64 weights from `i` on
+def _fetch_candidates(words, j, bits, other, start, formula):
+    """Begin to read candidates of word `j` of a block that begins at weight `start`, if there is such a word
 
     How many there are is a branch that no processor can predict, which costs as much as it gains. So if scores follow
     from the weights alone, only the first is fetched. If they need two tensors, all are."""
+    if j >= len(words): return
+    word,i = words[j],start + 64*j
     if not _has_other(formula): return _fetch(bits, i + np.int64(trailing_zeros(word) & 63))
     while word:
         k,word = _next_candidate(word)
@@ -372,13 +374,15 @@ def _find_in_block(bits, other, pruned, start, stop, formula, m, n_allowed, inf,
         n += _count_ones(word)
         n_open += _count_ones(word & ~surely)
     if start + 64*n_words < stop:
-        word = np.uint64(0)
+        word = surely = np.uint64(0)
         for i in range(start + 64*n_words, stop):
-            if _is_candidate(bits, other, pruned, i, formula, limit, inf, stride, m, n_allowed):
-                word |= np.uint64(1) << np.uint64(i%64)
-        words[n_words] = open_words[n_words] = word
+            if not _is_candidate(bits, other, pruned, i, formula, limit, inf, stride, m, n_allowed): continue
+            key,bit = _key_of(bits, other, i, formula),np.uint64(1) << np.uint64(i%64)
+            word |= bit
+            if key <= sure and abs(key) < inf: surely |= bit
+        words[n_words],open_words[n_words] = word,word & ~surely
         n += _count_ones(word)
-        n_open += _count_ones(word)
+        n_open += _count_ones(word & ~surely)
     return n,n_open
 
 @_compiled
@@ -417,7 +421,7 @@ def _gather_in_block(bits, other, start, formula, inf, words, keys):
     "Copy the keys of the candidates of a block; returns the highest, or infinity if one is not finite"
     n,highest = 0,_none(keys)
     for j in range(len(words)):
-        if j+ahead < len(words): _fetch_candidates(words[j+ahead], bits, other, start + 64*(j+ahead), formula)
+        _fetch_candidates(words, j+ahead, bits, other, start, formula)
         word = words[j]
         while word:
             k,word = _next_candidate(word)
@@ -460,14 +464,13 @@ def count_ties(
     thresholds:np.ndarray, # For each block, the threshold of its pool; of shape (B,), in integers of the weights' size
     n_ties:np.ndarray # Output: how many open candidates of each block have it, of shape (B,)
 ):
-    "Count the candidates whose key is the threshold"
+    "Count the open candidates whose key is the threshold"
     for r in prange(len(rows)):
         b = rows[r]
         bits,_ = _layer(blocks, b, thresholds)
         words,n = _words(open_candidates, blocks, b),0
         for j in range(len(words)):
-            if j+ahead < len(words):
-                _fetch_candidates(words[j+ahead], bits, blocks[b, 2], blocks[b, 4] + 64*(j+ahead), formula)
+            _fetch_candidates(words, j+ahead, bits, blocks[b, 2], blocks[b, 4], formula)
             word = words[j]
             while word:
                 k,word = _next_candidate(word)
@@ -478,9 +481,8 @@ def count_ties(
 @njit
 def _prune_in_block(bits, other, pruned, start, formula, words, threshold, ties_to_prune):
     for j in range(len(words)):
-        if j+ahead < len(words):
-            _fetch_candidates(words[j+ahead], bits, other, start + 64*(j+ahead), formula)
-            _fetch(pruned, start + 64*(j+ahead))
+        _fetch_candidates(words, j+ahead, bits, other, start, formula)
+        _fetch(pruned, start + 64*(j+ahead))
         word = words[j]
         while word:
             k,word = _next_candidate(word)

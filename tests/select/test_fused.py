@@ -102,6 +102,20 @@ def test_sample(name, n_pools, monkeypatch):
     assert (n_sure[0] > 0).all() and (n_sure[0] > more).any() == (name in ('high', 'ties', 'equal'))
 
 
+@pytest.mark.parametrize('n', [15, 63, 64, 65, 96, 100])
+@pytest.mark.parametrize('ties', [False, True])
+@pytest.mark.usefixtures('threads')
+def test_many_small(n, ties):
+    "A large pool of small layers, whose last weights fill no vector: some of them are surely pruned"
+    for k in range(0, 100*n, 37*n//10):
+        layers = list(torch.randn(100, n, generator=torch.Generator().manual_seed(k)))
+        if ties: layers = [(8*w).round() for w in layers]
+        masks = [w.abs() < .1 for w in layers]
+        pool = layers, masks, max(k, sum(int(m.sum()) for m in masks))
+        expected = not out_of_the_ordinary(*pool)
+        assert check([pool]) == [expected]
+
+
 @pytest.mark.parametrize('dtype', dtypes, ids=str)
 @pytest.mark.usefixtures('threads')
 def test_big(dtype):
