@@ -235,9 +235,19 @@ class Watching(Callback):
     "Call `watch.note` after the optimizer's step, before the pruning, and `watch.check` after the batch"
     order = SparsifyCallback.order - 1
     def __init__(self, watch, sparsities): self.watch, self.remaining = watch, list(sparsities)
+    def before_batch(self):
+        if self.training: self.watch.note()
     def after_step(self): self.watch.note()
     def after_batch(self):
         if self.training: self.watch.check(self.remaining.pop(0), tolerance=1e-9)
+
+
+class WatchingStart(Callback):
+    "Call `watch.check` after a pruning that comes before the first step"
+    order = SparsifyCallback.order + 1
+    def __init__(self, watch, sparsity): self.watch, self.sparsity = watch, sparsity
+    def before_batch(self):
+        if self.training and self.train_iter == 0: self.watch.check(self.sparsity, tolerance=1e-9)
 
 
 @pytest.fixture
@@ -266,7 +276,8 @@ def test_training(fit):
         watch = Watch(case)
         watching = Watching(watch, curve(schedule, target, n_batches*n_epochs))
         cb = SparsifyCallback(target, schedule=schedule, **case.kwargs())
-        learn = fit(case.net, n_batches, n_epochs, [cb, watching])
+        start = [WatchingStart(watch, target)]*(schedule == 'at_start')
+        learn = fit(case.net, n_batches, n_epochs, [cb, watching, *start])
         assert not watching.remaining
         assert_same(learn.recorder.sparsities[-1], watch.fraction())
     holds()
