@@ -41,8 +41,8 @@ def _inf(dtype): return as_ints(torch.tensor([torch.inf], dtype=dtype)).numpy()[
 
 @cache
 def _places(stride, m):
-    "The places of weights in their runs of `m`, from the first weight of a run on, for one period and a vector more"
-    return (np.arange(stride*m + 16)//stride%m).astype(np.int32)
+    "The places of weights in their runs of `m`, from the first weight of a run on, for one period and a word more"
+    return (np.arange(stride*m + 64)//stride%m).astype(np.uint8)
 
 # %% ../../nbs/select/24_numba_backend.ipynb #3f0e08aa
 class Blocks:

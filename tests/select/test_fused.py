@@ -224,7 +224,7 @@ class TestFormulas:
                 assert check_scores(formula, [w], [o], [pruned], k)
         holds()
 
-    @pytest.mark.parametrize('run', [(4, 2), (4, 3), (8, 4), (16, 8), (3, 1)], ids=str)
+    @pytest.mark.parametrize('run', [(4, 2), (4, 3), (8, 4), (16, 8), (3, 1), (128, 64), (129, 64)], ids=str)
     @pytest.mark.parametrize('last', [False, True], ids=['contiguous', 'channels last'])
     def test_runs(self, formula, run, last):
         "n:m patterns along the channels, whatever lies between them in memory"
@@ -250,6 +250,16 @@ class TestFormulas:
             for run in ((0, 0), (4, 2)):
                 args = [w.clone()], [o], [torch.zeros(1, 16, dtype=torch.bool)], 2, run
                 assert not check_scores(formula, *args)
+
+    def test_not_finite_in_full_run(self, formula):
+        "In the middle of a layer, where vectors are compared, and in a run of which all allowed weights are pruned"
+        w, o = torch.arange(1., 257).view(1, 256), torch.full((1, 256), 3.)
+        pruned = torch.zeros(1, 256, dtype=torch.bool)
+        pruned[0, 128:130] = True
+        assert check_scores(formula, [w.clone()], [o], [pruned.clone()], 4, (4, 2))
+        if formula.startswith('min'): o[0, 131] = torch.inf
+        (o if formula == 'o' else w)[0, 131] = torch.inf
+        assert not check_scores(formula, [w.clone()], [o], [pruned.clone()], 4, (4, 2))
 
 
 def test_half_precision():
