@@ -323,14 +323,14 @@ def bench_batchnorm(
 # %% ../../nbs/experiments/36_bench.ipynb #b1b4ba3b
 def slower(
     recorded:pd.DataFrame, # As `bench_prune` returns it, measured before
-    now:pd.DataFrame # The same, measured on the same kind of machine now
+    now:pd.DataFrame, # The same, measured on the same kind of machine now
+    drift:float=1.25 # Ratio that does not count, since the same machine is slower in some hours than in others
 )->pd.DataFrame: # Rows of both, with the medians of `added` before and now in per cent, and whether it is slower
-    "What adds more to a step than before: its lower quartile now is above the upper quartile before"
+    "What adds more to a step than before: its lower quartile now is above `drift` times the upper quartile before"
     keys = ['network', 'batches', 'method']
     before,after = (df.groupby(keys, sort=False).added for df in (recorded, now))
     table = pd.concat(dict(before=before.median(), now=after.median()), axis=1, join='inner')
-    return table.assign(slower=after.quantile(.25).gt(before.quantile(.75)))
-
+    return table.assign(slower=after.quantile(.25).gt(drift*before.quantile(.75)))
 
 # %% ../../nbs/experiments/36_bench.ipynb #18db44f2
 def _recorded(path, device):
