@@ -250,7 +250,8 @@ def _allowed_of(word, not_finite, bits, other, pruned, i, formula, inf, stride, 
         word &= not_finite | _open_64(pruned, i, stride, place, m, n_allowed)
         for k in range(0, 64, 16):
             if not (word >> np.uint64(k)) & np.uint64(0xffff): continue
-            allowed |= _allowed_16(bits, other, pruned, i+k, formula, inf, stride, place+k, m, n_allowed) << np.uint64(k)
+            of_16 = _allowed_16(bits, other, pruned, i+k, formula, inf, stride, place+k, m, n_allowed)
+            allowed |= of_16 << np.uint64(k)
         return word & allowed
     while word:
         k,word = _next_candidate(word)
@@ -325,8 +326,8 @@ def sample_keys(
         for first in range(start, stop, sample_every):
             last = min(first+sample_run, stop)
             allowed = (np.uint64(1) << np.uint64(last-first)) - np.uint64(1)
-            if m: allowed = _allowed_of(allowed, np.uint64(0), bits, other, pruned, first, formula, inf, stride, places, m,
-                                        n_allowed)
+            if m: allowed = _allowed_of(allowed, np.uint64(0), bits, other, pruned, first, formula, inf, stride, places,
+                                        m, n_allowed)
             for i in range(first, last):
                 known = not pruned[i] and (allowed >> np.uint64(i-first)) & np.uint64(1)
                 key = _key_of(bits, other, i, formula) if known else _unknown(samples)
