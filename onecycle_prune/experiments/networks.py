@@ -56,9 +56,7 @@ def vgg16_bn_cifar(
 # %% ../../nbs/experiments/31_networks.ipynb #eb2a13d4
 def _pooled_stage(ni, nf):
     pooled = nn.Sequential(conv3x3(ni, nf), nn.MaxPool2d(2), nn.BatchNorm2d(nf), nn.ReLU())
-    same = nn.Sequential(conv3x3(nf, nf), nn.BatchNorm2d(nf), nn.ReLU())
-    for conv in pooled[0],same[0]: nn.init.dirac_(conv.weight.data[:conv.in_channels])
-    return nn.Sequential(pooled, same)
+    return nn.Sequential(pooled, nn.Sequential(conv3x3(nf, nf), nn.BatchNorm2d(nf), nn.ReLU()))
 
 # %% ../../nbs/experiments/31_networks.ipynb #b01f4871
 class Whiten(nn.Module):
@@ -94,7 +92,7 @@ def airbench_cifar(
     num_classes:int=10, # Number of outputs
     width:int=64 # Channels of the first stage; the other two have four times as many
 )->nn.Module: # Takes images, n×3×h×w with h and w at least 9, and returns n×`num_classes`
-    "The network of airbench ([Jordan](https://arxiv.org/abs/2404.00498)), with ReLU for GELU"
+    "The network of airbench ([Jordan](https://arxiv.org/abs/2404.00498)), with ReLU for GELU and random weights"
     widths = [24, width, 4*width, 4*width]
     stem = nn.Sequential(Whiten(), nn.ReLU())
     stages = [_pooled_stage(ni, nf) for ni,nf in pairwise(widths)]
