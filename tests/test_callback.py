@@ -337,6 +337,27 @@ def test_second_fit_in_global_context(new_learner, first, second):
     for s in first, second: assert_counts(train(learn, s, context='global')[-1:], [s], 'global')
 
 
+@pytest.mark.parametrize('opt_func', [adam, momentum_sgd, partial(OptimWrapper, opt=torch.optim.Adam)],
+    ids=['adam', 'sgd', 'pytorch'])
+def test_zeros_before(new_learner, opt_func, recwarn):
+    "Zeros that a network begins with count as pruned, and a warning says so; zeros of an earlier fit are no surprise"
+    def n_warnings(): return sum('Weights that are zero count as pruned' in str(w.message) for w in recwarn)
+    net = tiny_net()
+    nn.init.dirac_(net[3].weight)
+    learn = new_learner(net, opt_func=opt_func)
+    train(learn, .95, epochs=1)
+    assert n_warnings() == 1 and '3 (99%)' in str(recwarn.list[0].message)
+    train(learn, .97, epochs=1)
+    learn.save('pruned')
+    resumed = new_learner(tiny_net(), opt_func=opt_func)
+    resumed.load('pruned')
+    train(resumed, .97, epochs=2, lr=1e-2)
+    assert n_warnings() == 1
+    # A learner that has not trained cannot know.
+    train(new_learner(learn.model, opt_func=opt_func), .98, epochs=1)
+    assert n_warnings() == 2
+
+
 def test_same_callback_twice(new_learner):
     "A callback remembers nothing of an earlier training"
     learn, cb = new_learner(), SparsifyCallback(.9)
