@@ -48,7 +48,8 @@ def warn_of_zeros(
 ):
     "Warn if layers count as pruned, in part, though `learn` has not trained yet"
     if _has_trained(learn): return
-    shares = {n: float(sparsifier.pruned[n].float().mean()) for n in sparsifier.layers}
+    masks = {n: sparsifier.pruned[n] for n in sparsifier.layers}
+    shares = {n: int(p.count_nonzero())/p.numel() for n,p in masks.items()}
     found = ', '.join(f'{n} ({s:.0%})' for n,s in shares.items() if s >= least)
     if found:
         warn(f"Weights that are zero count as pruned, so before the first step parts of these layers are: {found}. "
