@@ -18,6 +18,7 @@ from fastcore.basics import listify
 from functools import partial
 from torch import nn
 from warnings import warn
+from ._utils import optimizer_state
 from .guard import KeepPruned, restores_best
 from .layers import is_reparametrized, prunable, unwrap_model, warn_of_coverage
 from .select.core import Problem, select
@@ -36,10 +37,9 @@ def warn_of_best(
 # %% ../nbs/13_notices.ipynb #d783c1bb
 def _has_trained(learn):
     "Whether a training goes on: from an epoch of an earlier one, or with what the optimizer remembers of its steps"
-    state = learn.opt.state_dict()['state'] if learn.opt else []
-    states = state.values() if isinstance(state, dict) else state # PyTorch's optimizers have a dict, fastai's a list
     marks = {'do_wd', 'force_train'} # fastai sets them before the first step
-    return any(set(o) - marks for o in states) or any(isinstance(cb, SkipToEpoch) for cb in learn.cbs)
+    remembers = any(set(o) - marks for o in optimizer_state(learn.opt).values())
+    return remembers or any(isinstance(cb, SkipToEpoch) for cb in learn.cbs)
 
 def warn_of_zeros(
     learn:Learner, # At the start of a fit
@@ -53,7 +53,7 @@ def warn_of_zeros(
     found = ', '.join(f'{n} ({s:.0%})' for n,s in shares.items() if s >= least)
     if found:
         warn(f"Weights that are zero count as pruned, so before the first step parts of these layers are: {found}. "
-             "They stay zero. If no earlier training has pruned them, begin with small random numbers instead.")
+             "If no earlier training has pruned them, begin with small random numbers instead.")
 
 # %% ../nbs/13_notices.ipynb #c15b1df3
 def warn_of_return(

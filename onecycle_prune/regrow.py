@@ -16,7 +16,7 @@ import math, torch
 from copy import copy
 from fastcore.basics import store_attr
 from torch import distributed
-from ._utils import raise_unknown
+from ._utils import optimizer_state, raise_unknown
 from .schedule import SchedAGP, Schedule
 from .select.core import Problem, select
 from .sparsifier import Sparsifier
@@ -115,7 +115,7 @@ def forget(
     masks:dict[str, torch.Tensor] # {name: bool, in the shape of the parameter}
 ):
     "Zero the state of an optimizer, such as momentum, where a mask is True"
-    state = getattr(opt, 'opt', opt).state # fastai wraps PyTorch's optimizers
+    state = optimizer_state(opt)
     for n,mask in masks.items():
         for t in state.get(weights[n], {}).values():
             if isinstance(t, torch.Tensor) and t.shape==mask.shape: t.masked_fill_(mask, 0)

@@ -182,11 +182,13 @@ def _is_allowed(bits, other, pruned, i, formula, inf, stride, m, n_allowed):
 
 longest_run = 128 # weights, so that sums of two places fit into a byte
 
+def _as_bytes(builder, x, kind): return _everywhere(builder, builder.trunc(x, _int8), kind)
+
 @contextmanager
 def _others_of_runs(builder, i, places, stride, m):
     """Write a loop over the other weights of the runs of neighbours from weight `i` on, which have the places `places`.
     All of these runs lie inside of the layer. Gives a function that loads them, and whether each follows in its run."""
-    def _small(x): return _everywhere(builder, builder.trunc(x, _int8), places.type)
+    def _small(x): return _as_bytes(builder, x, places.type)
     with cgutils.for_range_slice(builder, ir.Constant(_int64, 1), m, ir.Constant(_int64, 1), intp=_int64) as (d, _):
         is_after = builder.icmp_unsigned('<', builder.add(places, _small(d)), _small(m))
         after = builder.add(i, builder.mul(d, stride))
@@ -197,7 +199,7 @@ def _others_of_runs(builder, i, places, stride, m):
         yield _load_others, is_after
 
 def _fewer_than(builder, counts, n_allowed):
-    return builder.icmp_unsigned('<', counts, _everywhere(builder, builder.trunc(n_allowed, _int8), counts.type))
+    return builder.icmp_unsigned('<', counts, _as_bytes(builder, n_allowed, counts.type))
 
 @intrinsic
 def _open_64(typingctx, pruned, i, stride, places, m, n_allowed):
