@@ -206,7 +206,7 @@ def plot_accuracy(
         df = df[df.schedule!='dense'] # a dense training has none of these sparsities
         if not dense.empty: ax.axhline(dense.accuracy.mean(), color='0.5', ls='--', label='dense')
     for name,acc in accuracies(df, x).groupby('schedule', sort=False) if len(df) else []:
-        acc = acc.droplevel('schedule')
+        acc = acc.droplevel('schedule').sort_index() # records are in the order in which trainings ended
         _draw_line(ax, name, acc.index, acc)
     ax.set(xlabel=x, ylabel='accuracy in per cent', xticks=sorted(df[x].unique()))
     ax.legend()
@@ -217,12 +217,12 @@ def plot_time(
     df:pd.DataFrame, # Trainings that differ in schedule, seed and budget
     ax=None # Matplotlib axes to draw on
 ): # The axes
-    "Draw the mean accuracy of each schedule against the mean minutes of a training, a point for each budget"
+    "Draw the mean accuracy of each schedule against the median minutes of a training, a point for each budget"
     _check_not_empty(df)
     ax = ax or plt.subplots()[1]
     for name,of_schedule in df.groupby('schedule', sort=False):
         acc = accuracies(of_schedule, 'epochs').sort_index()
-        minutes = of_schedule.groupby('epochs').seconds.mean()/60
+        minutes = of_schedule.groupby('epochs').seconds.median()/60 # a busy machine delays single trainings
         _draw_line(ax, name, minutes, acc)
     ax.set(xlabel='minutes of training', ylabel='accuracy in per cent')
     ax.legend()
