@@ -145,8 +145,9 @@ def differences(
 )->pd.DataFrame: # Columns mean, low and high in percentage points, p in [0, 1], and n pairs; rows by `by` and `what`
     """The mean difference of each other value of `what` from `to`, paired by seed, with its confidence interval
 
-    `p` is that of a paired t-test, corrected by `holm` for all rows. It and the interval are NaN for one pair. Raises
-    `ValueError` if there is no training of `to`."""
+    `p` is that of a paired t-test, corrected by `holm` for all rows. It and the interval are NaN where they cannot be
+    known: for one pair, and for pairs that all have the same difference. Raises `ValueError` if there is no training
+    of `to`."""
     _check_not_empty(df)
     if to not in df[what].values: raise ValueError(f'There is no training with {what} {to!r} to compare with.')
     by = _as_list(by)
@@ -163,7 +164,8 @@ def differences(
 # %% ../../nbs/experiments/34_analysis.ipynb #b10cf075
 def _mean_and_interval(diff, level):
     "Mean, low and high end of the confidence interval, p value, and number, of paired differences"
-    if len(diff)==1: return diff.mean(),math.nan,math.nan,math.nan,1
+    # Accuracies are counts of images, so a few differences can be equal by chance. Then their spread says nothing.
+    if np.allclose(diff, diff.iloc[0], atol=1e-4): return diff.mean(),math.nan,math.nan,math.nan,len(diff)
     test = stats.ttest_1samp(diff, 0)
     return diff.mean(),*test.confidence_interval(level),test.pvalue,len(diff)
 
