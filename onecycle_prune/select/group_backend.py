@@ -1,6 +1,6 @@
 """Pruning groups of weights on a CPU: scores, means and zeroing in one pass over the weights
 
-The general way computes a tensor of scores as large as the model, then a mean for each group, and multiplies all weights with a mask. Here one pass does all of it. While it reads the weights, it computes their scores, adds them up for each group, and zeroes the groups that are pruned. The sums are few, so [numpy_backend](22_numpy_backend.ipynb) selects among them.
+The general way computes a tensor of scores as large as the model, then a mean for each group, and multiplies all weights with a mask. Here one pass does all of it. While it reads the weights, it computes their scores, adds them up for each group, and zeroes the groups that are pruned. The means are few, so [numpy_backend](22_numpy_backend.ipynb) selects among them.
 
 It takes problems whose groups lie in memory in a simple way, as filters, kernels and channels do. A sum of floating-point numbers depends on the order of its terms. So the mean of a group may differ from that of `Granularity.reduce` in its last bits, and it does not depend on the number of threads. Groups with the same numbers at the same places are ties, as they are there.
 
@@ -53,14 +53,21 @@ def _sum_scores(w, o, formula, lanes, sums):
 
 # %% ../../nbs/select/26_group_backend.ipynb #4922395c
 @njit
-def _zero(w, r, pruned, inner):
-    "Zero the pruned groups of row `r` of the rows `w` of a layer, which has the mask `pruned`"
-    for j in range(inner):
-        if not pruned[r*inner+j]: continue
-        if inner==1: # The compiler then knows that the numbers are neighbours.
-            for i in range(w.shape[1]): w[r, i] = 0
-        else:
-            for i in range(j, w.shape[1], inner): w[r, i] = 0
+def _n_lanes(inner): return inner*16*max(1, 4//inner) # a multiple of the length of vectors
+
+@njit
+def _zero_row(w, r):
+    for i in range(w.shape[1]): w[r, i] = 0
+
+@njit
+def _zero(w, pruned, of_lanes):
+    "Zero the pruned groups of the row `w`. `of_lanes` is a place for as many flags as there are lanes."
+    if not pruned.any(): return
+    inner,n_lanes = len(pruned),len(of_lanes)
+    for i in range(0, n_lanes, inner): of_lanes[i:i+inner] = pruned
+    for first in range(0, len(w), n_lanes):
+        part = w[first:first+n_lanes]
+        for i in range(len(part)): part[i] = 0 if of_lanes[i] else part[i]
 
 # %% ../../nbs/select/26_group_backend.ipynb #b58f7b26
 @njit
@@ -69,6 +76,7 @@ def _score_short_rows(w, o, formula, pruned, span, first, stop, scores):
     for r in range(first, stop):
         if pruned[r]: # without reading the weights
             for i in range(span): w[r, i] = 0
+            scores[r] = 0
             continue
         total = scores.dtype.type(0)
         for i in range(span): total += _score(w[r, i], o[r, i], formula)
@@ -81,11 +89,14 @@ def _score_rows(w, o, formula, pruned, span, first, stop, scores):
     # Numbers that the compiler knows make the most frequent case faster, here and below: kernels of 3×3 weights.
     if inner==1 and span==9: return _score_short_rows(w, o, formula, pruned, 9, first, stop, scores)
     if inner==1 and span < 64: return _score_short_rows(w, o, formula, pruned, span, first, stop, scores)
-    lanes = np.empty(inner*16*max(1, 4//inner), scores.dtype) # a multiple of the length of vectors
+    lanes,of_lanes = np.empty(_n_lanes(inner), scores.dtype),np.empty(_n_lanes(inner), np.bool_)
     for r in range(first, stop):
-        _zero(w, r, pruned, inner)
-        if inner==1 and pruned[r]: continue
-        sums = scores[r*inner:(r+1)*inner]
+        sums,of_row = scores[r*inner:(r+1)*inner],pruned[r*inner:(r+1)*inner]
+        if of_row.all(): # without reading the weights
+            _zero_row(w, r)
+            sums[:] = 0
+            continue
+        _zero(w[r], of_row, of_lanes)
         _sum_scores(w[r], o[r], formula, lanes, sums)
         for j in range(inner): sums[j] /= span
 
@@ -114,8 +125,10 @@ def zero_groups(
     for b in prange(len(blocks)):
         first,stop,span,inner,n,start = blocks[b, 3],blocks[b, 4],blocks[b, 5],blocks[b, 6],blocks[b, 7],blocks[b, 8]
         w = carray(_pointer(blocks[b, 0]), (n//(span*inner), span*inner), scores.dtype)
-        of_layer = pruned[start:]
-        for r in range(first, stop): _zero(w, r, of_layer, inner)
+        of_layer,of_lanes = pruned[start:],np.empty(_n_lanes(inner), np.bool_)
+        for r in range(first, stop):
+            if inner > 1: _zero(w[r], of_layer[r*inner:(r+1)*inner], of_lanes)
+            elif of_layer[r]: _zero_row(w, r)
 
 # %% ../../nbs/select/26_group_backend.ipynb #ddbe9f1a
 _block_size = 2**15 # weights of a block, about
@@ -155,7 +168,7 @@ class GroupBackend:
         layer,numbers = _block_layout(tuple(o for p in problems for o in p.layouts))
         tensors = np.array([[t.data_ptr() for t in ts] for ts in zip(self.weights, others, self.pruned)])
         self.blocks = np.column_stack((tensors[layer], numbers))
-        self.scores = torch.zeros(sum(m.numel() for m in self.pruned), dtype=self.weights[0].dtype)
+        self.scores = torch.empty(sum(m.numel() for m in self.pruned), dtype=self.weights[0].dtype)
         score_groups(self.blocks, formulas[problems[0].formula], self.scores.numpy())
         of_layers = iter(self.scores.split([m.numel() for m in self.pruned]))
         of_problems = [[next(of_layers).view(m.shape) for m in p.pruned] for p in problems]

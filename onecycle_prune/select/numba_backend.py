@@ -22,12 +22,13 @@ from .numpy_backend import bounds, sure_bound
 # %% ../../nbs/select/24_numba_backend.ipynb #81b0cc09
 @cache
 def _block_layout(
-    pools # For each pool, the sizes of its layers, as tuples
+    pools, # For each pool, the sizes of its layers, as tuples
+    steps # For each layer, how many weights a block has at most
 ):
     "How the layers of all pools are split into blocks: arrays with one value a block or a pool"
     sizes = [n for layers in pools for n in layers]
-    layer,start,stop = np.array([(l, i, min(i+kernels.block_size, n)) for l,n in enumerate(sizes)
-                                 for i in range(0, n, kernels.block_size)]).T
+    layer,start,stop = np.array([(l, i, min(i+step, n)) for l,(n,step) in enumerate(zip(sizes, steps))
+                                 for i in range(0, n, step)]).T
     pool_of_layer = np.repeat(np.arange(len(pools)), [len(layers) for layers in pools])
     pool,size = pool_of_layer[layer],stop-start
     sampled = size//kernels.sample_every*kernels.sample_run + np.minimum(size%kernels.sample_every, kernels.sample_run)
@@ -35,6 +36,12 @@ def _block_layout(
         first_block=np.searchsorted(pool, np.arange(len(pools))),
         layers=[np.flatnonzero(pool_of_layer==p) for p in range(len(pools))],
         sampled_share=[sampled[pool==p].sum()/sum(layers) for p,layers in enumerate(pools)])
+
+@cache
+def _block_step(stride, m):
+    "How many weights a block has at most: whole words of 64, and whole runs of an n:m pattern; 0 if no block is so long"
+    whole = np.lcm(64, stride*m) if m else 64
+    return int(kernels.block_size//whole*whole)
 
 @cache
 def _inf(dtype): return as_ints(torch.tensor([torch.inf], dtype=dtype)).numpy()[0]
@@ -55,12 +62,20 @@ class Blocks:
         self.others = [o for p in problems for o in p.others or [None]*len(p.weights)]
         self.inf = _inf(self.weights[0].dtype)
         self.formula,self.run = kernels.formulas[problems[0].formula],problems[0].run
-        self.layout = _block_layout(tuple(tuple(w.numel() for w in p.weights) for p in problems))
         strides = [s for p in problems for s in p.strides or [0]*len(p.weights)]
+        # A layer that has no block of whole runs is a block of its own.
+        steps = tuple(_block_step(s, self.run[0]) or kernels.block_size for s in strides)
+        self.layout = _block_layout(tuple(tuple(w.numel() for w in p.weights) for p in problems), steps)
         self.places = [_places(s, self.run[0]) if s else np.zeros(0) for s in strides]
         layers = np.array([(w.data_ptr(), m.data_ptr(), 0 if o is None else o.data_ptr(), w.numel(), s, a.ctypes.data)
             for w,m,o,s,a in zip(self.weights, self.pruned, self.others, strides, self.places)])[self.layout.layer]
         self.blocks = np.column_stack((layers[:, :4], self.layout.start, self.layout.stop, layers[:, 4:]))
+
+def _has_blocks(problem):
+    "Whether blocks can have whole runs of an n:m pattern, which are not too long"
+    m = problem.run[0]
+    return m <= kernels.longest_run and all(_block_step(s, m) or w.numel() <= kernels.block_size
+        for s,w in zip(problem.strides or [], problem.weights))
 
 class NumbaBackend(Blocks):
     "The backend for plain weights on a CPU, with scores of one of the `formulas`; all problems have the same"
@@ -68,7 +83,7 @@ class NumbaBackend(Blocks):
 
     @staticmethod
     def supports(problem):
-        if not problem.fusable: return False
+        if not problem.fusable or not _has_blocks(problem): return False
         return problem.formula in kernels.only_integers or problem.weights[0].dtype in (torch.float32, torch.float64)
 
     def __init__(self, problems):

@@ -55,7 +55,7 @@ def _compiled(f):
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #8d2dc56c
 block_size = 2**16 # weights of a block, at most
-sample_every = 2**12 # weights from the start of one sampled run to the next
+sample_every = 2**11 # weights from the start of one sampled run to the next
 sample_run = 16 # weights of a run: neighbours, since they reach the processor together
 
 @intrinsic
@@ -162,24 +162,61 @@ def _key_of(typingctx, bits, other, i, formula):
         return _key(builder, _score_bits(builder, args[3], w, _load_other))
     return bits.dtype(bits, types.int64, types.int64, types.int64),codegen
 
-# %% ../../nbs/select/23_numba_kernels.ipynb #8d2dc570
-@njit
-def _is_allowed(bits, other, pruned, i, formula, inf, stride, m, n_allowed):
-    """Whether fewer than `n_allowed` weights of the run of weight `i` come before it: pruned ones, and lower scores.
-    A score that is not finite is allowed, so that it is found."""
-    place = i//stride%m
-    key = _key_of(bits, other, i, formula)
-    if abs(key) >= inf: return True
-    n = 0
-    for j in range(m):
-        k = i + (j-place)*stride
-        if j==place: continue
-        if pruned[k]: n += 1
-        else:
-            key_k = _key_of(bits, other, k, formula)
-            n += key_k < key or (key_k==key and j < place)
-    return n < n_allowed
+# %% ../../nbs/select/23_numba_kernels.ipynb #b6fe8e4b
+@intrinsic
+def _candidates_16(typingctx, bits, other, pruned, i, formula, limit, sure, inf, keys):
+    """Zero the pruned of 16 weights from `i` on. One bit for each other weight: whether its key is at most `limit`, or
+    not finite. Other bits for each, 16 places higher: whether it is not finite; 32 places higher: whether it is finite
+    and at most `sure`. If `keys` is an address, the keys are written there, the lowest integer for pruned weights."""
+    def codegen(context, builder, signature, args):
+        _, other, _, i, formula, limit, sure, inf, keys = args
+        number = context.get_value_type(bits.dtype)
+        n_bytes = number.width//8
+        weights,flags = ir.VectorType(number, 16),ir.VectorType(_int8, 16)
+        from_,masks = (_data(context, builder, signature, args, k) for k in (0, 2))
+        address = _at(builder, from_, i, n_bytes)
+        mask = _load(builder, builder.add(masks, i), flags, 1)
+        is_pruned = builder.icmp_unsigned('!=', mask, ir.Constant(flags, None))
+        w = builder.select(is_pruned, ir.Constant(weights, None), _load(builder, address, weights, n_bytes))
+        builder.store(w, builder.inttoptr(address, weights.as_pointer()), align=n_bytes)
+        score = _score_bits(builder, formula, w,
+            lambda: _load(builder, _at(builder, other, i, n_bytes), weights, n_bytes))
+        key,not_finite = _key(builder, score),_not_finite(builder, score, inf)
+        with builder.if_then(builder.icmp_unsigned('!=', keys, ir.Constant(_int64, 0))):
+            lowest = _everywhere(builder, ir.Constant(number, -2**(number.width-1)), weights)
+            to_write = builder.select(is_pruned, lowest, key)
+            builder.store(to_write, builder.inttoptr(keys, weights.as_pointer()), align=n_bytes)
+        def _at_most(limit): return builder.icmp_signed('<=', key, _everywhere(builder, limit, weights))
+        def _bits_of(flags):
+            kept = builder.and_(flags, builder.not_(is_pruned))
+            return builder.zext(builder.bitcast(kept, ir.IntType(16)), _int64)
+        is_candidate = builder.or_(_at_most(limit), not_finite)
+        is_sure = builder.and_(_at_most(sure), builder.not_(not_finite))
+        def _higher(flags, n): return builder.shl(_bits_of(flags), ir.Constant(_int64, n))
+        return builder.or_(_bits_of(is_candidate), builder.or_(_higher(not_finite, 16), _higher(is_sure, 32)))
+    whole = types.int64
+    return types.uint64(bits, whole, pruned, whole, whole, limit, sure, inf, whole),codegen
 
+@njit
+def _candidates_64(bits, other, pruned, i, formula, limit, sure, inf, keys):
+    "The same for 64 weights: a word of the candidates, one of those that are not finite, and one of the sure ones"
+    candidates = not_finite = surely = np.uint64(0)
+    for k in range(0, 64, 16):
+        to = keys + k*bits.itemsize if keys else keys
+        found = _candidates_16(bits, other, pruned, i+k, formula, limit, sure, inf, to)
+        candidates |= (found & np.uint64(0xffff)) << np.uint64(k)
+        not_finite |= (found >> np.uint64(16) & np.uint64(0xffff)) << np.uint64(k)
+        surely |= (found >> np.uint64(32)) << np.uint64(k)
+    return candidates,not_finite,surely
+
+@njit
+def _key_or_lowest(bits, other, pruned, i, formula):
+    "The key of one weight; if it is pruned, zero it, and return the lowest integer"
+    if not pruned[i]: return _key_of(bits, other, i, formula)
+    bits[i] = 0
+    return _none(bits)
+
+# %% ../../nbs/select/23_numba_kernels.ipynb #8d2dc570
 longest_run = 128 # weights, so that sums of two places fit into a byte
 
 def _as_bytes(builder, x, kind): return _everywhere(builder, builder.trunc(x, _int8), kind)
@@ -187,16 +224,12 @@ def _as_bytes(builder, x, kind): return _everywhere(builder, builder.trunc(x, _i
 @contextmanager
 def _others_of_runs(builder, i, places, stride, m):
     """Write a loop over the other weights of the runs of neighbours from weight `i` on, which have the places `places`.
-    All of these runs lie inside of the layer. Gives a function that loads them, and whether each follows in its run."""
+    Gives where another weight is if it follows in its run, where if it comes before, and which of them do follow."""
     def _small(x): return _as_bytes(builder, x, places.type)
     with cgutils.for_range_slice(builder, ir.Constant(_int64, 1), m, ir.Constant(_int64, 1), intp=_int64) as (d, _):
-        is_after = builder.icmp_unsigned('<', builder.add(places, _small(d)), _small(m))
         after = builder.add(i, builder.mul(d, stride))
-        before = builder.sub(after, builder.mul(m, stride))
-        def _load_others(address, kind, n_bytes):
-            a, b = (_load(builder, _at(builder, address, o, n_bytes), kind, n_bytes) for o in (after, before))
-            return builder.select(is_after, a, b)
-        yield _load_others, is_after
+        yield (after, builder.sub(after, builder.mul(m, stride)),
+            builder.icmp_unsigned('<', builder.add(places, _small(d)), _small(m)))
 
 def _fewer_than(builder, counts, n_allowed):
     return builder.icmp_unsigned('<', counts, _as_bytes(builder, n_allowed, counts.type))
@@ -208,58 +241,55 @@ def _open_64(typingctx, pruned, i, stride, places, m, n_allowed):
     def codegen(context, builder, signature, args):
         _, i, stride, places, m, n_allowed = args
         flags = ir.VectorType(_int8, 64)
+        masks = _data(context, builder, signature, args, 0)
         n_pruned = cgutils.alloca_once_value(builder, ir.Constant(flags, None))
-        with _others_of_runs(builder, i, _load(builder, places, flags, 1), stride, m) as (load_others, _):
-            others = load_others(_data(context, builder, signature, args, 0), flags, 1)
+        with _others_of_runs(builder, i, _load(builder, places, flags, 1), stride, m) as (after, before, is_after):
+            follow, precede = (_load(builder, builder.add(masks, o), flags, 1) for o in (after, before))
+            others = builder.select(is_after, follow, precede)
             builder.store(builder.add(builder.load(n_pruned), others), n_pruned)
         return builder.bitcast(_fewer_than(builder, builder.load(n_pruned), n_allowed), _int64)
     whole = types.int64
     return types.uint64(pruned, *[whole]*5),codegen
 
 @intrinsic
-def _allowed_16(typingctx, bits, other, pruned, i, formula, inf, stride, places, m, n_allowed):
-    "The same as `_is_allowed` for 16 weights from `i` on, one bit for each, with `places` as for `_open_64`"
+def _allowed_16(typingctx, keys, k, stride, places, m, n_allowed):
+    """One bit for each of 16 weights: whether fewer than `n_allowed` weights of its run come before it. Their keys are in
+    `keys` from `k` on, and those of their runs around them; `places` as for `_open_64`."""
     def codegen(context, builder, signature, args):
-        _, other, _, i, formula, inf, stride, places, m, n_allowed = args
-        number = context.get_value_type(bits.dtype)
+        _, k, stride, places, m, n_allowed = args
+        number = context.get_value_type(keys.dtype)
         n_bytes = number.width//8
-        weights, flags = ir.VectorType(number, 16), ir.VectorType(_int8, 16)
-        from_, masks = (_data(context, builder, signature, args, k) for k in (0, 2))
-        own = _load(builder, _at(builder, from_, i, n_bytes), weights, n_bytes)
-        score = _score_bits(builder, formula, own,
-            lambda: _load(builder, _at(builder, other, i, n_bytes), weights, n_bytes))
-        key, not_finite = _key(builder, score), _not_finite(builder, score, inf)
+        weights,flags = ir.VectorType(number, 16),ir.VectorType(_int8, 16)
+        from_ = _data(context, builder, signature, args, 0)
+        def _keys_at(o): return _load(builder, _at(builder, from_, o, n_bytes), weights, n_bytes)
+        own = _keys_at(k)
         n_before = cgutils.alloca_once_value(builder, ir.Constant(flags, None))
-        with _others_of_runs(builder, i, _load(builder, places, flags, 1), stride, m) as (load_others, is_after):
-            that = _key(builder, _score_bits(builder, formula, load_others(from_, weights, n_bytes),
-                lambda: load_others(other, weights, n_bytes)))
-            is_pruned = builder.icmp_unsigned('!=', load_others(masks, flags, 1), ir.Constant(flags, None))
-            is_tie = builder.and_(builder.icmp_signed('==', that, key), builder.not_(is_after))
-            comes_before = builder.or_(builder.or_(builder.icmp_signed('<', that, key), is_tie), is_pruned)
+        with _others_of_runs(builder, k, _load(builder, places, flags, 1), stride, m) as (after, before, is_after):
+            # Of equal keys, the one with the lower place comes before.
+            comes_before = builder.select(is_after, builder.icmp_signed('<', _keys_at(after), own),
+                builder.icmp_signed('<=', _keys_at(before), own))
             builder.store(builder.add(builder.load(n_before), builder.zext(comes_before, flags)), n_before)
-        allowed = builder.or_(not_finite, _fewer_than(builder, builder.load(n_before), n_allowed))
+        allowed = _fewer_than(builder, builder.load(n_before), n_allowed)
         return builder.zext(builder.bitcast(allowed, ir.IntType(16)), _int64)
     whole = types.int64
-    return types.uint64(bits, whole, pruned, whole, whole, inf, *[whole]*4),codegen
+    return types.uint64(keys, *[whole]*5),codegen
 
 @njit
-def _allowed_of(word, not_finite, bits, other, pruned, i, formula, inf, stride, places, m, n_allowed):
-    "The candidates among 64 weights that an n:m pattern allows to prune, and those whose score is not finite"
-    reach,allowed = (m-1)*stride,np.uint64(0)
-    if m <= longest_run and i >= reach and i+64+reach <= len(bits):
+def _keep_allowed(words, open_words, keys, pruned, start, stride, places, m, n_allowed):
+    "Of the candidates of a block that begins at weight `start`, keep those that an n:m pattern allows to prune"
+    reach = (m-1)*stride # from a weight to the farthest of its run
+    for j in range(len(words)):
+        word,i = words[j],start + 64*j
+        if not word: continue
         place = places + i%(m*stride)
-        # The masks are fewer bytes than the scores, and in a run that is full nothing has to be compared.
-        word &= not_finite | _open_64(pruned, i, stride, place, m, n_allowed)
+        # The masks are fewer bytes than the keys. At the ends of a layer they may not be read, and need not be.
+        if i >= reach and i+64+reach <= len(pruned): word &= _open_64(pruned, i, stride, place, m, n_allowed)
+        allowed = np.uint64(0)
         for k in range(0, 64, 16):
             if not (word >> np.uint64(k)) & np.uint64(0xffff): continue
-            of_16 = _allowed_16(bits, other, pruned, i+k, formula, inf, stride, place+k, m, n_allowed)
-            allowed |= of_16 << np.uint64(k)
-        return word & allowed
-    while word:
-        k,word = _next_candidate(word)
-        if _is_allowed(bits, other, pruned, i+np.int64(k), formula, inf, stride, m, n_allowed):
-            allowed |= np.uint64(1) << k
-    return allowed
+            allowed |= _allowed_16(keys, reach + 64*j + k, stride, place + k, m, n_allowed) << np.uint64(k)
+        words[j] = word & allowed
+        open_words[j] &= words[j]
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #a2159695
 ahead = 32 # words of 64 weights that a loop fetches before it needs them
@@ -310,11 +340,33 @@ def _fetch_candidates(words, j, bits, other, start, formula):
         _fetch_address(other + (i + np.int64(k))*bits.itemsize)
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #598989c0
+@njit
+def _whole_runs(first, last, m, stride):
+    "The first weight of the runs that the weights from `first` to `last` belong to, and the one after the last"
+    period = m*stride
+    return (first//period*period,-(-last//period)*period) if m else (first,last)
+
+@njit
+def _allowed_of_sample(bits, other, pruned, first, last, formula, inf, stride, places, m, n_allowed, keys):
+    "One bit for each of the weights from `first` to `last`, at most 16: whether an n:m pattern allows to prune it"
+    start,stop = _whole_runs(first, last, m, stride)
+    reach,n_vectors = (m-1)*stride,(stop-start)//16
+    for k in range(0, 16*n_vectors, 16):
+        to = keys.ctypes.data + (reach+k)*keys.itemsize
+        _candidates_16(bits, other, pruned, start+k, formula, inf, inf, inf, to)
+    for k in range(16*n_vectors, stop-start): keys[reach+k] = _key_or_lowest(bits, other, pruned, start+k, formula)
+    return _allowed_16(keys, reach + first-start, stride, places + first%(m*stride), m, n_allowed)
+
+@njit
+def _place_for_keys(n, m, stride, like):
+    "Where the keys of `n` weights are written, with as much before and after them as their runs may reach"
+    return np.empty(n + 64 + 2*(m-1)*stride if m else 0, like.dtype)
+
 @_compiled
 def sample_keys(
     blocks:np.ndarray, # Of shape (B, 8) for B blocks, as described above
     formula, # One of the values of `formulas`
-    m, # Weights of a run of an n:m pattern; 0: no pattern
+    m, # Weights of a run of an n:m pattern, at most `longest_run`; 0: no pattern
     n_allowed, # How many weights of a run may be pruned
     inf, # The bits of infinity, as an integer of the weights' size
     # Output: `sample_run` of each `sample_every` keys, of shape (B, k), in integers of the weights' size
@@ -324,12 +376,14 @@ def sample_keys(
     for b in prange(len(blocks)):
         bits,pruned = _layer(blocks, b, samples)
         other,start,stop,stride,places = blocks[b, 2],blocks[b, 4],blocks[b, 5],blocks[b, 6],blocks[b, 7]
-        for first in range(start, stop, sample_every): _fetch_64(bits, other, pruned, first, formula)
+        keys = _place_for_keys(sample_run + 2*m*stride, m, stride, samples)
         for first in range(start, stop, sample_every):
-            last = min(first+sample_run, stop)
-            allowed = (np.uint64(1) << np.uint64(last-first)) - np.uint64(1)
-            if m: allowed = _allowed_of(allowed, np.uint64(0), bits, other, pruned, first, formula, inf, stride, places,
-                                        m, n_allowed)
+            begin,end = _whole_runs(first, first+sample_run, m, stride)
+            for i in range(begin, end, 64): _fetch_64(bits, other, pruned, i, formula)
+        for first in range(start, stop, sample_every):
+            last,allowed = min(first+sample_run, stop),~np.uint64(0)
+            if m: allowed = _allowed_of_sample(bits, other, pruned, first, last, formula, inf, stride, places, m,
+                                               n_allowed, keys)
             for i in range(first, last):
                 known = not pruned[i] and (allowed >> np.uint64(i-first)) & np.uint64(1)
                 key = _key_of(bits, other, i, formula) if known else _unknown(samples)
@@ -337,86 +391,45 @@ def sample_keys(
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #ec6ef02f
 @intrinsic
-def _candidates_16(typingctx, bits, other, pruned, i, formula, limit, sure, inf):
-    """Zero the pruned of 16 weights from `i` on. One bit for each other weight: whether its key is at most `limit`, or
-    not finite. Other bits for each, 16 places higher: whether it is not finite; 32 places higher: whether it is finite
-    and at most `sure`."""
-    def codegen(context, builder, signature, args):
-        _, other, _, i, formula, limit, sure, inf = args
-        number = context.get_value_type(bits.dtype)
-        n_bytes = number.width//8
-        weights,flags = ir.VectorType(number, 16),ir.VectorType(_int8, 16)
-        from_,masks = (_data(context, builder, signature, args, k) for k in (0, 2))
-        address = _at(builder, from_, i, n_bytes)
-        mask = _load(builder, builder.add(masks, i), flags, 1)
-        is_pruned = builder.icmp_unsigned('!=', mask, ir.Constant(flags, None))
-        w = builder.select(is_pruned, ir.Constant(weights, None), _load(builder, address, weights, n_bytes))
-        builder.store(w, builder.inttoptr(address, weights.as_pointer()), align=n_bytes)
-        score = _score_bits(builder, formula, w,
-            lambda: _load(builder, _at(builder, other, i, n_bytes), weights, n_bytes))
-        key,not_finite = _key(builder, score),_not_finite(builder, score, inf)
-        def _at_most(limit): return builder.icmp_signed('<=', key, _everywhere(builder, limit, weights))
-        def _bits_of(flags):
-            kept = builder.and_(flags, builder.not_(is_pruned))
-            return builder.zext(builder.bitcast(kept, ir.IntType(16)), _int64)
-        is_candidate = builder.or_(_at_most(limit), not_finite)
-        is_sure = builder.and_(_at_most(sure), builder.not_(not_finite))
-        def _higher(flags, n): return builder.shl(_bits_of(flags), ir.Constant(_int64, n))
-        return builder.or_(_bits_of(is_candidate), builder.or_(_higher(not_finite, 16), _higher(is_sure, 32)))
-    whole = types.int64
-    return types.uint64(bits, whole, pruned, whole, whole, limit, sure, inf),codegen
-
-@intrinsic
 def _count_ones(typingctx, word):
     "The number of ones in the bits of `word`"
     return types.uint64(word),lambda context, builder, signature, args: builder.ctpop(args[0])
 
 @njit
-def _candidates_64(bits, other, pruned, i, formula, limit, sure, inf):
-    "The same for 64 weights: a word of the candidates, one of those that are not finite, and one of the sure ones"
-    candidates = not_finite = surely = np.uint64(0)
-    for k in range(0, 64, 16):
-        found = _candidates_16(bits, other, pruned, i+k, formula, limit, sure, inf)
-        candidates |= (found & np.uint64(0xffff)) << np.uint64(k)
-        not_finite |= (found >> np.uint64(16) & np.uint64(0xffff)) << np.uint64(k)
-        surely |= (found >> np.uint64(32)) << np.uint64(k)
-    return candidates,not_finite,surely
+def _words(candidates, blocks, b): return candidates[b, :-(-(blocks[b, 5]-blocks[b, 4])//64)]
 
 @njit
-def _is_candidate(bits, other, pruned, i, formula, limit, inf, stride, m, n_allowed):
-    "The same for one weight"
-    if pruned[i]:
-        bits[i] = 0
-        return False
-    key = _key_of(bits, other, i, formula)
-    if key > limit and abs(key) < inf: return False
-    return not m or _is_allowed(bits, other, pruned, i, formula, inf, stride, m, n_allowed)
+def _count(words):
+    n = np.uint64(0)
+    for j in range(len(words)): n += _count_ones(words[j])
+    return n
 
 @njit
 def _find_in_block(bits, other, pruned, start, stop, formula, m, n_allowed, inf, stride, places, limit, sure, words,
         open_words):
     "Zero the pruned weights of a block, and mark the candidates; returns their number, and that of the open ones"
-    n_words,n,n_open = (stop-start)//64,np.uint64(0),np.uint64(0)
+    n_words,reach,all_finite = (stop-start)//64,(m-1)*stride,True
+    keys = _place_for_keys(stop-start, m, stride, bits)
+    to = keys.ctypes.data + reach*bits.itemsize if m else 0
     for j in range(n_words):
         i = start + 64*j
         _fetch_64(bits, other, pruned, i + 64*ahead, formula)
-        word,not_finite,surely = _candidates_64(bits, other, pruned, i, formula, limit, sure, inf)
-        if m and word:
-            word = _allowed_of(word, not_finite, bits, other, pruned, i, formula, inf, stride, places, m, n_allowed)
+        to_64 = to + 64*j*bits.itemsize if m else 0
+        word,not_finite,surely = _candidates_64(bits, other, pruned, i, formula, limit, sure, inf, to_64)
         words[j],open_words[j] = word,word & ~surely
-        n += _count_ones(word)
-        n_open += _count_ones(word & ~surely)
-    if start + 64*n_words < stop:
-        word = surely = np.uint64(0)
-        for i in range(start + 64*n_words, stop):
-            if not _is_candidate(bits, other, pruned, i, formula, limit, inf, stride, m, n_allowed): continue
-            key,bit = _key_of(bits, other, i, formula),np.uint64(1) << np.uint64(i%64)
-            word |= bit
-            if key <= sure and abs(key) < inf: surely |= bit
-        words[n_words],open_words[n_words] = word,word & ~surely
-        n += _count_ones(word)
-        n_open += _count_ones(word & ~surely)
-    return n,n_open
+        all_finite &= not_finite==0
+    if n_words < len(words): words[n_words] = open_words[n_words] = 0
+    for i in range(start + 64*n_words, stop):
+        key,bit = _key_or_lowest(bits, other, pruned, i, formula),np.uint64(1) << np.uint64(i%64)
+        if m: keys[reach + i-start] = key
+        if pruned[i]: continue
+        is_finite = abs(key) < inf
+        if key <= limit or not is_finite: words[n_words] |= bit
+        if (key <= limit and key > sure) or not is_finite: open_words[n_words] |= bit
+        all_finite &= is_finite
+    # Scores that are not finite have to be found, whatever the pattern allows.
+    if m and all_finite: _keep_allowed(words, open_words, keys, pruned, start, stride, places, m, n_allowed)
+    return _count(words),_count(open_words)
 
 @_compiled
 def find_candidates(
@@ -441,12 +454,13 @@ def find_candidates(
         bits,pruned = _layer(blocks, b, limits)
         other,start,stop,stride,places = blocks[b, 2],blocks[b, 4],blocks[b, 5],blocks[b, 6],blocks[b, 7]
         # Numbers that the compiler knows make the most frequent case faster, here and below.
+        words,open_words = _words(candidates, blocks, b),_words(open_candidates, blocks, b)
         if formula==0 and m==0:
             counts[b] = _find_in_block(bits, other, pruned, start, stop, 0, 0, 0, inf, 0, 0, limits[b], sure[b],
-                                       candidates[b], open_candidates[b])
+                                       words, open_words)
         else:
             counts[b] = _find_in_block(bits, other, pruned, start, stop, formula, m, n_allowed, inf, stride, places,
-                                       limits[b], sure[b], candidates[b], open_candidates[b])
+                                       limits[b], sure[b], words, open_words)
 
 # %% ../../nbs/select/23_numba_kernels.ipynb #434cde2e
 @njit
@@ -463,9 +477,6 @@ def _gather_in_block(bits, other, start, formula, inf, words, keys):
             highest = max(highest, key if abs(key) < inf else inf)
             n += 1
     return highest
-
-@njit
-def _words(candidates, blocks, b): return candidates[b, :-(-(blocks[b, 5]-blocks[b, 4])//64)]
 
 @_compiled
 def gather_keys(

@@ -5,6 +5,7 @@ import pytest, torch
 from fastai.torch_core import TensorBase
 from hypothesis import given, settings, strategies as st
 from onecycle_prune.criteria import Criteria, criteria, needs_gradient
+from onecycle_prune.granularity import NM
 from onecycle_prune.select import core
 from onecycle_prune.select.bits import zero_
 from onecycle_prune.select.core import Problem, select
@@ -224,7 +225,7 @@ class TestFormulas:
                 assert check_scores(formula, [w], [o], [pruned], k)
         holds()
 
-    @pytest.mark.parametrize('run', [(4, 2), (4, 3), (8, 4), (16, 8), (3, 1), (128, 64), (129, 64)], ids=str)
+    @pytest.mark.parametrize('run', [(4, 2), (4, 3), (8, 4), (16, 8), (3, 1), (27, 9), (128, 64)], ids=str)
     @pytest.mark.parametrize('last', [False, True], ids=['contiguous', 'channels last'])
     def test_runs(self, formula, run, last):
         "n:m patterns along the channels, whatever lies between them in memory"
@@ -240,6 +241,15 @@ class TestFormulas:
         for s in (.1, .11, .5, .9, 1):
             assert check_scores(formula, weights, others, pruned, round(s*most), run)
             for t in weights: t.add_(torch.randn(shapes[0], generator=g).flatten()[0] * .01)
+
+    def test_many_blocks(self, formula):
+        "Blocks end between runs, whose length is no divisor of a block's"
+        g = torch.Generator().manual_seed(0)
+        weights, others = ([torch.randn(2*kernels.block_size//27 + 9, 3, 3, 3, generator=g)] for _ in range(2))
+        pruned = [torch.zeros_like(w, dtype=torch.bool) for w in weights]
+        for s in (.1, .6):
+            assert check_scores(formula, weights, others, pruned, round(s*weights[0].numel()), (3, 2))
+            for t in weights: t.add_(torch.randn(t.shape, generator=g) * .01)
 
     def test_not_finite(self, formula):
         "A score that is not finite falls back; also one that a pattern keeps"
@@ -260,6 +270,24 @@ class TestFormulas:
         if formula.startswith('min'): o[0, 131] = torch.inf
         (o if formula == 'o' else w)[0, 131] = torch.inf
         assert not check_scores(formula, [w.clone()], [o], [pruned.clone()], 4, (4, 2))
+
+
+def test_runs_without_blocks():
+    "Runs that are too long, or that no block of a large layer ends with, are left to the next backend"
+    for shape, m in (((1, 129, 3, 3), 129), ((60, 27, 7, 7), 27)):
+        w, g = torch.randn(shape), NM(f'{m//3}:{m}')
+        assert w.numel() > kernels.block_size or m > kernels.longest_run
+        layer = nn.Conv2d(shape[1], shape[0], shape[2], bias=False)
+        layer.weight = nn.Parameter(w)
+        sp = Sparsifier(layer, g)
+        problem = sp._problem(sp.pools[0], w.numel()//3, list(sp.layers))
+        assert problem.run[0] == m and not NumbaBackend.supports(problem)
+        sp.prune(1/3)
+        allowed = allowed_by_run(w.abs(), torch.zeros_like(w, dtype=torch.bool), m, m - m//3)
+        keys = w.abs().masked_fill(~allowed, torch.inf).flatten()
+        expected = torch.zeros_like(keys, dtype=torch.bool)
+        expected[keys.argsort(stable=True)[:round(w.numel()/3)]] = True
+        assert_same(~sp.masks[''], expected.view(shape))
 
 
 def test_half_precision():
