@@ -8,8 +8,8 @@ Docs: https://onecycle-prune.github.io/onecycle_prune/experiments/bench.html.md"
 
 # %% auto #0
 __all__ = ['prune_methods', 'BatchTimer', 'step_time', 'middle_schedule', 'methods', 'bench_steps', 'summary', 'plot_added',
-           'bench_prune', 'bench_start', 'median_ms', 'bench_selection', 'peak_bytes', 'bench_memory',
-           'bench_batchnorm', 'slower', 'bench']
+           'fasterai_prune_methods', 'bench_prune', 'bench_start', 'median_ms', 'bench_selection', 'peak_bytes',
+           'bench_memory', 'bench_batchnorm', 'slower', 'bench']
 
 # %% ../../nbs/experiments/36_bench.ipynb #e41e1888
 from .common import env_info, fast_callbacks, parse_list, save_plot # before fastai
@@ -149,6 +149,21 @@ prune_methods = ({'large_final': dict(context='global'), 'large_final local': di
     | {name: dict(granularity=name, layers=nn.Conv2d) for name in ('kernel', 'channel', 'filter')}
     | {'structured': dict(granularity='structured')})
 
+def fasterai_prune_methods(
+)->dict: # {name: arguments of fasterai's `Sparsifier`}; empty if it is not installed
+    "What fasterai prunes in the same way, under the same names"
+    try: from fasterai.core import criteria
+    except ImportError: return {}
+    def _arguments(criterion='large_final', granularity='weight', context='local', **kwargs):
+        kinds = (nn.Conv2d, nn.Linear) if granularity=='weight' and not kwargs else nn.Conv2d
+        return dict(criteria=getattr(criteria, criterion), granularity=granularity, context=context, layer_type=kinds,
+            **kwargs)
+    names = 'large_final', 'small_final', 'random', 'movement', 'updating_movement', 'magnitude_increase'
+    theirs = ({name: _arguments(name, context='global') for name in names}
+        | {'large_final local': _arguments(), '2:4': _arguments(nm=True)}
+        | {name: _arguments(granularity=name) for name in ('kernel', 'channel', 'filter')})
+    return {f'fasterai {name}': kwargs for name,kwargs in theirs.items()}
+
 def bench_prune(
     arch:str, # As for `bench_steps`, as are the next three
     batch:tuple[torch.Tensor, torch.Tensor],
@@ -156,21 +171,33 @@ def bench_prune(
     n:int,
     totals:list[int], # Batches of the whole training: short and long ones
     rounds:int, # Times that each method is measured
-    names:list[str]=list(prune_methods) # Which of `prune_methods`
+    names:list[str]=list(prune_methods) # Which of `prune_methods` and `fasterai_prune_methods`
 )->pd.DataFrame: # A row for each round, training and method: medians of step_ms and prune_ms, and added in per cent
-    "Time `Sparsifier.prune` in a plain loop with AdamW; the first third of the batches is not counted"
+    """Time `Sparsifier.prune`, or fasterai's `Sparsifier.sparsify_model`, in a plain loop with AdamW. The first third
+    of the batches is not counted."""
     model = get_arch(arch)(num_classes=10).to(batch[0].device)
     rows = []
     for i,total,name in progress_bar(list(itertools.product(range(rounds), totals, names))):
-        step_ms,prune_ms = _step_and_prune_ms(deepcopy(model), batch, sparsity, n, total, prune_methods[name])
+        step_ms,prune_ms = _step_and_prune_ms(deepcopy(model), batch, sparsity, n, total, name)
         rows.append((arch, i, total, name, step_ms, prune_ms, 100*prune_ms/step_ms))
     return pd.DataFrame(rows, columns=['network', 'round', 'batches', 'method', 'step_ms', 'prune_ms', 'added'])
 
-def _step_and_prune_ms(model, batch, sparsity, n, total, kwargs):
+def _prune_and_target(name, model, inputs, sparsity):
+    "A function that prunes `model` to a sparsity, and the sparsity at the end: that of a pattern, or else `sparsity`"
+    if name in prune_methods:
+        sparsifier = Sparsifier(model, inputs=inputs, **prune_methods[name])
+        return sparsifier.prune,sparsifier.granularity.sparsity or sparsity
+    from fasterai.sparse.sparsifier import Sparsifier as FasteraiSparsifier
+    kwargs = fasterai_prune_methods()[name]
+    def _silent(f, *args, **kwargs):
+        with redirect_stdout(StringIO()): return f(*args, **kwargs)
+    sparsifier = _silent(FasteraiSparsifier, model, **kwargs)
+    return partial(_silent, sparsifier.sparsify_model),.5 if 'nm' in kwargs else sparsity
+
+def _step_and_prune_ms(model, batch, sparsity, n, total, name):
     "Milliseconds of a training step without pruning, and of pruning"
-    sparsifier,schedule = Sparsifier(model, inputs=batch[0], **kwargs),middle_schedule(n, total)
-    opt = torch.optim.AdamW(model.parameters(), foreach=True)
-    target = sparsifier.granularity.sparsity or sparsity
+    prune,target = _prune_and_target(name, model, batch[0], sparsity)
+    schedule,opt = middle_schedule(n, total),torch.optim.AdamW(model.parameters(), foreach=True)
     def _now():
         if batch[0].is_cuda: torch.cuda.synchronize()
         return time.perf_counter()
@@ -181,7 +208,7 @@ def _step_and_prune_ms(model, batch, sparsity, n, total, kwargs):
         nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
         opt.step()
         stepped = _now()
-        sparsifier.prune(target*schedule((i+1)/n))
+        prune(target*schedule((i+1)/n))
         times.append((stepped-start, _now()-stepped))
     return 1000*np.median(times[n//3:], axis=0)
 
@@ -368,7 +395,7 @@ def bench(
     channels_last:store_true=False, # Train in the memory layout that GPUs prefer
     max_weights:int=10**8, # Largest pool for the selection alone
     what:str='steps,batchnorm,prune,start,selection,memory', # Tables to measure
-    names:str=','.join(prune_methods), # Methods of the table prune, separated by commas
+    names:str=','.join(prune_methods), # Methods of the table prune, separated by commas; `fasterai`: all of its methods
     check:store_true=False, # Only say what has become slower than in the recorded table prune; then exit with 1
     out:Path='results' # Folder for the tables and the plot
 ):
@@ -377,7 +404,8 @@ def bench(
     device = default_device()
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
     common_cbs = fast_callbacks(bf16, channels_last)
-    archs,names = parse_list(archs),parse_list(names)
+    archs,theirs = parse_list(archs),fasterai_prune_methods()
+    names = [o for name in parse_list(names) for o in (theirs if theirs and name=='fasterai' else [name])]
     sizes = [10**i for i in range(6, len(str(max_weights)))]
     trained = dict(bs=bs, size=size, sparsity=sparsity)
     tables = dict(
@@ -398,7 +426,7 @@ def bench(
         for name in chosen:
             if name not in tables: raise_unknown('table', name, tables)
         for name in names:
-            if name not in prune_methods: raise_unknown('method', name, prune_methods)
+            if name not in prune_methods | theirs: raise_unknown('method', name, prune_methods | theirs)
     except ValueError as e: sys.exit(f'ocp-bench: {e}')
     if device.type!='cuda' and not Path('/proc/self/clear_refs').exists(): chosen = [o for o in chosen if o!='memory']
     for name in chosen:

@@ -39,7 +39,7 @@ def _block_layout(
 
 @cache
 def _block_step(stride, m):
-    "How many weights a block has at most: whole words of 64, and whole runs of an n:m pattern; 0 if no block is so long"
+    "How many weights a block has at most: whole words of 64, and whole runs of an n:m pattern; 0 if they are longer"
     whole = np.lcm(64, stride*m) if m else 64
     return int(kernels.block_size//whole*whole)
 

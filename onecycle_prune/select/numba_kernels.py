@@ -253,8 +253,8 @@ def _open_64(typingctx, pruned, i, stride, places, m, n_allowed):
 
 @intrinsic
 def _allowed_16(typingctx, keys, k, stride, places, m, n_allowed):
-    """One bit for each of 16 weights: whether fewer than `n_allowed` weights of its run come before it. Their keys are in
-    `keys` from `k` on, and those of their runs around them; `places` as for `_open_64`."""
+    """One bit for each of 16 weights: whether fewer than `n_allowed` weights of its run come before it. Their keys are
+    in `keys` from `k` on, and those of their runs around them; `places` as for `_open_64`."""
     def codegen(context, builder, signature, args):
         _, k, stride, places, m, n_allowed = args
         number = context.get_value_type(keys.dtype)
