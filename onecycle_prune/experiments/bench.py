@@ -405,7 +405,10 @@ def bench(
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
     common_cbs = fast_callbacks(bf16, channels_last)
     archs,theirs = parse_list(archs),fasterai_prune_methods()
-    names = [o for name in parse_list(names) for o in (theirs if theirs and name=='fasterai' else [name])]
+    names = parse_list(names)
+    if 'fasterai' in names and not theirs:
+        sys.exit("ocp-bench: fasterai is not installed: pip install 'onecycle_prune[bench]'")
+    names = [o for name in names for o in (theirs if name=='fasterai' else [name])]
     sizes = [10**i for i in range(6, len(str(max_weights)))]
     trained = dict(bs=bs, size=size, sparsity=sparsity)
     tables = dict(
@@ -417,10 +420,6 @@ def bench(
         start=lambda: bench_start(rounds),
         selection=lambda: bench_selection(sizes, device, rounds),
         memory=lambda: bench_memory(4096, device))
-    if check:
-        table = slower(_recorded(out/f'bench_prune_{device.type}.csv', device), tables['prune']())
-        print(f'\n{table.round(1).to_string()}')
-        sys.exit(int(table.slower.any()))
     chosen = parse_list(what)
     try:
         for name in chosen:
@@ -428,6 +427,10 @@ def bench(
         for name in names:
             if name not in prune_methods | theirs: raise_unknown('method', name, prune_methods | theirs)
     except ValueError as e: sys.exit(f'ocp-bench: {e}')
+    if check:
+        table = slower(_recorded(out/f'bench_prune_{device.type}.csv', device), tables['prune']())
+        print(f'\n{table.round(1).to_string()}')
+        sys.exit(int(table.slower.any()))
     if device.type!='cuda' and not Path('/proc/self/clear_refs').exists(): chosen = [o for o in chosen if o!='memory']
     for name in chosen:
         df,path = tables[name]().assign(**env_info(device)),out/f'bench_{name}_{device.type}.csv'
