@@ -155,6 +155,7 @@ def fasterai_prune_methods(
     try: from fasterai.core import criteria
     except ImportError: return {}
     def _arguments(criterion='large_final', granularity='weight', context='local', **kwargs):
+        # Its pattern and its larger groups are those of convolutions, as ours are here.
         kinds = (nn.Conv2d, nn.Linear) if granularity=='weight' and not kwargs else nn.Conv2d
         return dict(criteria=getattr(criteria, criterion), granularity=granularity, context=context, layer_type=kinds,
             **kwargs)
@@ -404,8 +405,9 @@ def bench(
     device = default_device()
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
     common_cbs = fast_callbacks(bf16, channels_last)
-    archs,theirs = parse_list(archs),fasterai_prune_methods()
-    names = parse_list(names)
+    archs,names = parse_list(archs),parse_list(names)
+    theirs = fasterai_prune_methods()
+    known = prune_methods | theirs
     if 'fasterai' in names and not theirs:
         sys.exit("ocp-bench: fasterai is not installed: pip install 'onecycle_prune[bench]'")
     names = [o for name in names for o in (theirs if name=='fasterai' else [name])]
@@ -425,7 +427,7 @@ def bench(
         for name in chosen:
             if name not in tables: raise_unknown('table', name, tables)
         for name in names:
-            if name not in prune_methods | theirs: raise_unknown('method', name, prune_methods | theirs)
+            if name not in known: raise_unknown('method', name, known)
     except ValueError as e: sys.exit(f'ocp-bench: {e}')
     if check:
         table = slower(_recorded(out/f'bench_prune_{device.type}.csv', device), tables['prune']())

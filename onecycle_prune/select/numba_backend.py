@@ -21,23 +21,6 @@ from .numpy_backend import bounds, sure_bound
 
 # %% ../../nbs/select/24_numba_backend.ipynb #81b0cc09
 @cache
-def _block_layout(
-    pools, # For each pool, the sizes of its layers, as tuples
-    steps # For each layer, how many weights a block has at most
-):
-    "How the layers of all pools are split into blocks: arrays with one value a block or a pool"
-    sizes = [n for layers in pools for n in layers]
-    layer,start,stop = np.array([(l, i, min(i+step, n)) for l,(n,step) in enumerate(zip(sizes, steps))
-                                 for i in range(0, n, step)]).T
-    pool_of_layer = np.repeat(np.arange(len(pools)), [len(layers) for layers in pools])
-    pool,size = pool_of_layer[layer],stop-start
-    sampled = size//kernels.sample_every*kernels.sample_run + np.minimum(size%kernels.sample_every, kernels.sample_run)
-    return SimpleNamespace(layer=layer, start=start, stop=stop, size=size, pool=pool,
-        first_block=np.searchsorted(pool, np.arange(len(pools))),
-        layers=[np.flatnonzero(pool_of_layer==p) for p in range(len(pools))],
-        sampled_share=[sampled[pool==p].sum()/sum(layers) for p,layers in enumerate(pools)])
-
-@cache
 def _block_step(stride, m):
     "How many weights a block has at most: whole words of 64, and whole runs of an n:m pattern; 0 if they are longer"
     whole = np.lcm(64, stride*m) if m else 64
@@ -51,6 +34,29 @@ def _places(stride, m):
     "The places of weights in their runs of `m`, from the first weight of a run on, for one period and a word more"
     return (np.arange(stride*m + 64)//stride%m).astype(np.uint8)
 
+@cache
+def _block_layout(
+    pools, # For each pool, the sizes of its layers, as tuples
+    strides, # For each layer, how many numbers lie between two weights of a run; 0 without a pattern
+    m # Weights of a run; 0 without a pattern
+):
+    "How the layers of all pools are split into blocks: arrays with one value a block or a pool"
+    sizes = np.array([n for layers in pools for n in layers])
+    # A layer that has no block of whole runs is a block of its own.
+    steps = [_block_step(s, m) or kernels.block_size for s in strides]
+    places = [_places(s, m) if s else np.zeros(0) for s in strides] # held, since the kernels know only addresses
+    layer,start,stop = np.array([(l, i, min(i+step, n)) for l,(n,step) in enumerate(zip(sizes, steps))
+                                 for i in range(0, n, step)]).T
+    pool_of_layer = np.repeat(np.arange(len(pools)), [len(layers) for layers in pools])
+    pool,size = pool_of_layer[layer],stop-start
+    sampled = size//kernels.sample_every*kernels.sample_run + np.minimum(size%kernels.sample_every, kernels.sample_run)
+    addresses = np.array([o.ctypes.data for o in places])
+    numbers = np.column_stack((sizes[layer], start, stop, np.array(strides)[layer], addresses[layer]))
+    return SimpleNamespace(layer=layer, numbers=numbers, places=places, size=size, pool=pool,
+        first_block=np.searchsorted(pool, np.arange(len(pools))),
+        layers=[np.flatnonzero(pool_of_layer==p) for p in range(len(pools))],
+        sampled_share=[sampled[pool==p].sum()/sum(layers) for p,layers in enumerate(pools)])
+
 # %% ../../nbs/select/24_numba_backend.ipynb #3f0e08aa
 class Blocks:
     "The layers of problems in blocks, as the kernels take them; all problems have the same formula"
@@ -63,13 +69,11 @@ class Blocks:
         self.inf = _inf(self.weights[0].dtype)
         self.formula,self.run = kernels.formulas[problems[0].formula],problems[0].run
         strides = [s for p in problems for s in p.strides or [0]*len(p.weights)]
-        # A layer that has no block of whole runs is a block of its own.
-        steps = tuple(_block_step(s, self.run[0]) or kernels.block_size for s in strides)
-        self.layout = _block_layout(tuple(tuple(w.numel() for w in p.weights) for p in problems), steps)
-        self.places = [_places(s, self.run[0]) if s else np.zeros(0) for s in strides]
-        layers = np.array([(w.data_ptr(), m.data_ptr(), 0 if o is None else o.data_ptr(), w.numel(), s, a.ctypes.data)
-            for w,m,o,s,a in zip(self.weights, self.pruned, self.others, strides, self.places)])[self.layout.layer]
-        self.blocks = np.column_stack((layers[:, :4], self.layout.start, self.layout.stop, layers[:, 4:]))
+        sizes = tuple(tuple(w.numel() for w in p.weights) for p in problems)
+        self.layout = _block_layout(sizes, tuple(strides), self.run[0])
+        tensors = np.array([(w.data_ptr(), m.data_ptr(), 0 if o is None else o.data_ptr())
+            for w,m,o in zip(self.weights, self.pruned, self.others)])
+        self.blocks = np.column_stack((tensors[self.layout.layer], self.layout.numbers))
 
 def _has_blocks(problem):
     "Whether blocks can have whole runs of an n:m pattern, which are not too long"

@@ -424,9 +424,10 @@ def _find_in_block(bits, other, pruned, start, stop, formula, m, n_allowed, inf,
         if m: keys[reach + i-start] = key
         if pruned[i]: continue
         is_finite = abs(key) < inf
-        if key <= limit or not is_finite: words[n_words] |= bit
-        if (key <= limit and key > sure) or not is_finite: open_words[n_words] |= bit
         all_finite &= is_finite
+        if is_finite and key > limit: continue
+        words[n_words] |= bit
+        if key > sure or not is_finite: open_words[n_words] |= bit
     # Scores that are not finite have to be found, whatever the pattern allows.
     if m and all_finite: _keep_allowed(words, open_words, keys, pruned, start, stride, places, m, n_allowed)
     return _count(words),_count(open_words)
@@ -453,8 +454,8 @@ def find_candidates(
         b = rows[r]
         bits,pruned = _layer(blocks, b, limits)
         other,start,stop,stride,places = blocks[b, 2],blocks[b, 4],blocks[b, 5],blocks[b, 6],blocks[b, 7]
-        # Numbers that the compiler knows make the most frequent case faster, here and below.
         words,open_words = _words(candidates, blocks, b),_words(open_candidates, blocks, b)
+        # Numbers that the compiler knows make the most frequent case faster, here and below.
         if formula==0 and m==0:
             counts[b] = _find_in_block(bits, other, pruned, start, stop, 0, 0, 0, inf, 0, 0, limits[b], sure[b],
                                        words, open_words)
