@@ -37,11 +37,13 @@ def finished_runs(
 def paper_runs(
     df:pd.DataFrame, # As `read_runs` returns it
     context:str='local' # 'local' or 'global', as in `Run`
-)->pd.DataFrame: # Some of the rows
+)->pd.DataFrame: # Some of the rows, ordered by schedule
     "The paper's comparison: its four schedules, by magnitude, in one context, and the dense trainings"
-    schedules = ['dense', 'one_shot', 'iterative', 'agp', 'one_cycle']
+    schedules = ['one_shot', 'iterative', 'agp', 'one_cycle', 'dense']
     # A dense training has an empty context and criterion.
-    return df[df.schedule.isin(schedules) & df.context.isin(['', context]) & df.criteria.isin(['', 'large_final'])]
+    df = df[df.schedule.isin(schedules) & df.context.isin(['', context]) & df.criteria.isin(['', 'large_final'])]
+    # Tables and plots show schedules in the order of their rows, and trainings end in any order.
+    return df.sort_values('schedule', key=lambda names: names.map(schedules.index), kind='stable')
 
 # %% ../../nbs/experiments/34_analysis.ipynb #30aab4a9
 def paper_runs_and_default(
