@@ -26,17 +26,18 @@ from typing import Protocol
 class Share:
     "One of the layers that share a budget, as it is now"
     name:str # Of the layer
-    shape:tuple # Of its weight
+    shape:tuple # Of its weight, or of the weight of one expert
     n_groups:int
     n_pruned:int # Groups that are pruned
     scores:np.ndarray|None=None # Scores of the other groups, in bins, rising; None if the distribution needs none
     counts:np.ndarray|None=None # How many groups each bin has
+    experts:int=1 # How many weights of this shape it has
 
     @property
     def most(self)->int: return max(self.n_groups-1, self.n_pruned) # one group stays
 
     @property
-    def group_size(self)->float: return prod(self.shape)/self.n_groups
+    def group_size(self)->float: return self.experts*prod(self.shape)/self.n_groups
 
 class Distribution(Protocol):
     "Divides a budget over layers"

@@ -21,7 +21,7 @@ from .channels import as_inputs
 from .checks import FiniteCheck, TieCheck, with_gradient
 from .criteria import get_criteria, large_final, ranks_by_step
 from .distributions import ByCost, Share, needs_inputs
-from .granularity import Granularity, get_granularity, grouped_view
+from .granularity import Experts, Granularity, get_granularity, grouped_view
 from .layers import Weight, choose, kind_name, named_tensors, tensor_names, unwrap_model
 from .observe import (FirstForward, bias_tensors, computed_weights, count_multiply_adds,
     filter_tensors, record_calls)
@@ -74,6 +74,12 @@ def _shapes(state):
     return tuple(state.shape) if isinstance(state, torch.Tensor) else state
 
 def _entries(sparsity): return tuple(sparsity) if isinstance(sparsity, dict) else None
+
+def _share(name, m, pool):
+    "A layer that shares a budget, as it is now"
+    shape = tuple(m.weight.shape)
+    experts,*shape = shape if isinstance(m, Experts) else (1, *shape)
+    return Share(name, tuple(shape), pool.n_groups, pool.count(), experts=experts)
 
 class Sparsifier:
     "Zero the least important weights of a model in place, exactly as many as asked"
@@ -410,7 +416,7 @@ the weights. Raises `ValueError` as `prune` and `score` do."""
     def _shares(self, pools):
         "The layers of pools that share a budget, as they are now"
         layers = [(n, self.layers[n], p) for p in pools for n in p.pruned]
-        shares = [Share(n, tuple(m.weight.shape), p.n_groups, p.count()) for n,m,p in layers]
+        shares = [_share(*o) for o in layers]
         if not self.context.needs_scores: return shares
         left_alone = self._left_alone() if self.has_pruned else set()
         ranked = [(o, p) for o,p in zip(shares, pools) if o.name not in left_alone]

@@ -140,6 +140,17 @@ def test_triton(granularity, most, transposed, choose_backend):
     assert_as_linear_layers(granularity, most, 'local', 'large_final', transposed, choose_backend, 'triton')
 
 
+def test_erk():
+    "A stack keeps as many weights as its experts do in a list of linear layers"
+    def _pruned(net):
+        sp = Sparsifier(net, context='erk', layers=[*shapes])
+        sp.prune(.6)
+        return {n: sum(int((~mask).sum()) for name, mask in sp.masks.items() if name.startswith(n)) for n in shapes}
+    found = _pruned(Mixture())
+    assert found == pytest.approx(_pruned(lists()), abs=3)  # Each list rounds three times.
+    assert sum(found.values()) == round(.6*3*(24*32 + 16*24))
+
+
 @pytest.mark.parametrize('context', ['local', 'global'])
 @pytest.mark.parametrize('granularity,n_groups,count', [
     ('weight', (3*24*32, 3*16*24), lambda w: int((w == 0).sum())),
