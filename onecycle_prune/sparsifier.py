@@ -77,8 +77,7 @@ def _entries(sparsity): return tuple(sparsity) if isinstance(sparsity, dict) els
 
 def _share(name, m, pool):
     "A layer that shares a budget, as it is now"
-    shape = tuple(m.weight.shape)
-    experts,*shape = shape if isinstance(m, Experts) else (1, *shape)
+    experts,*shape = m.weight.shape if isinstance(m, Experts) else (1, *m.weight.shape)
     return Share(name, tuple(shape), pool.n_groups, pool.count(), experts=experts)
 
 class Sparsifier:
