@@ -264,7 +264,7 @@ def compare(
     lr:float=.01, # Highest learning rate
     wd:float=.01, # Weight decay
     augment:store_true=False, # Shift training images at random, and mirror them where that keeps the class
-    bf16:store_true=False, # Train in mixed precision with bfloat16
+    bf16:store_true=False, # Train in mixed precision with bfloat16; slow on a CPU without instructions for it
     smoothing:float=0., # Of the labels
     bn_batches:int=12, # Batches that batch-norm statistics are estimated from; 0 for running statistics only
     channels_last:store_true=False, # Store the channels last, which suits convolutions

@@ -1,5 +1,5 @@
 "The grid: however it is interrupted, killed, shared or continued, each training is done once and as its record says."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time, warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -265,6 +265,17 @@ def test_precision(bf16, monkeypatch):
     monkeypatch.setattr(compare, 'ValidateLast', Look)
     train(replace(run, bf16=bf16, channels_last=True, bn_batches=0))
     assert seen == {(torch.float32, torch.bfloat16 if bf16 else torch.float32)}
+
+
+@pytest.mark.parametrize('has_it', [False, True])
+def test_slow_bfloat16(has_it, monkeypatch):
+    "A CPU without instructions for bfloat16 is slower with it, so that is said"
+    monkeypatch.setattr('onecycle_prune.experiments.common.cpu_has_bfloat16', lambda: has_it)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        train(replace(run, bf16=True, bn_batches=0))
+    told = [o for o in caught if 'no instructions for bfloat16' in str(o.message)]
+    assert len(told) == (0 if has_it else 1)
 
 
 def test_record_says_what_was_trained(monkeypatch):
