@@ -229,5 +229,5 @@ def plot_time(
         minutes = of_schedule.groupby('epochs').seconds.median()/60 # a busy machine delays single trainings
         _draw_line(ax, name, minutes, acc)
     ax.set(xlabel='minutes of training', ylabel='accuracy in per cent')
-    ax.legend()
+    ax.legend(loc='upper left', bbox_to_anchor=(1, 1)) # beside the lines, which rise through all of the picture
     return ax
