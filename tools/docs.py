@@ -109,7 +109,7 @@ class Api(BasicMarkdownRenderer):
 
     def _signature(self):
         sig = str(self.sig.replace(parameters=[p for p in self.sig.parameters.values() if p.name != 'self']))
-        sig = re.sub(r"<(?:class '(?:\w+\.)*|function )(\w+).*?>", r'\1', sig) # of classes and functions, the names
+        sig = re.sub(r"<(?:class '|function )([\w.]+).*?>", r'\1', sig) # of classes and functions, the names
         sig = re.sub(r"('.*?')|\b(?:[A-Za-z_]\w*\.)+", lambda m: m[1] or '', sig) # without their modules
         return fenced(self.nm + (sig.removeprefix('()') if self.is_property else sig), 'python')
 

@@ -37,8 +37,7 @@ def timed_fit(
 
 # %% ../../nbs/experiments/30_common.ipynb #6fb7aae8
 def cpu_has_bfloat16()->bool:
-    "Whether the CPU has instructions for bfloat16; True where PyTorch is too old to know"
-    if not torch.backends.mkldnn.is_available(): return False
+    "Whether the CPU has instructions for bfloat16; True where PyTorch cannot tell"
     return getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)()
 
 class BFloat16(MixedPrecision):
