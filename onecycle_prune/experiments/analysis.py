@@ -12,7 +12,7 @@ __all__ = ['read_runs', 'finished_runs', 'paper_runs', 'paper_runs_and_default',
            'plot_time']
 
 # %% ../../nbs/experiments/34_analysis.ipynb #5c44981e
-import math, matplotlib.pyplot as plt, numpy as np, pandas as pd
+import math, matplotlib.pyplot as plt, numpy as np, pandas as pd, warnings
 from scipy import stats
 from .records import read_records
 
@@ -29,9 +29,17 @@ def read_runs(
 def finished_runs(
     records:list[dict] # As `read_records` returns them
 )->pd.DataFrame: # As `read_runs` returns it, or an empty table
-    "The finished trainings among `records`"
+    "The finished trainings among `records`; warns if they saw different copies of the same images"
     df = pd.DataFrame([record for record in records if record['state']=='done'])
-    return df if df.empty else df.assign(accuracy=100*df.accuracy)
+    if df.empty: return df
+    _warn_of_copies(df)
+    return df.assign(accuracy=100*df.accuracy)
+
+def _warn_of_copies(df):
+    if 'digest' not in df: return # records of an earlier version
+    copies = df.groupby(['data', 'size', 'images'], dropna=False).digest.nunique()
+    for data in copies[copies>1].index.unique('data'):
+        warnings.warn(f'Trainings on {data} saw different copies of its images. Do not compare their accuracies.')
 
 # %% ../../nbs/experiments/34_analysis.ipynb #da2f533a
 def paper_runs(

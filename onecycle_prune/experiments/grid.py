@@ -21,7 +21,7 @@ from .._utils import raise_unknown
 from ..batchnorm import check_n_batches, estimate_batchnorms
 from ..callback import SparsifyCallback
 from .analysis import budget_table, finished_runs
-from .data import get_dls, get_source
+from .data import digest, get_dls, get_source
 from .networks import get_arch
 from .records import append_record, read_records
 from ..report import sparsity_report
@@ -117,7 +117,7 @@ def fit_and_measure(
 # %% ../../nbs/experiments/33_grid.ipynb #f85c7802
 def train(
     run:Run # The training to do
-)->dict: # As of `fit_and_measure`, with reached, the sparsity, in [0, 1], and zeros, {layer name: number}
+)->dict: # As of `fit_and_measure`, with reached, in [0, 1]; zeros, {layer name: number}; and the `digest` of the images
     "Train with the settings of `run`"
     # The seed is set before the data loaders are made, since they take the order of their batches from it.
     set_seed(run.seed, reproducible=True)
@@ -127,7 +127,8 @@ def train(
     learn = Learner(dls, get_arch(run.arch)(num_classes=dls.c), loss_func, metrics=accuracy, cbs=cbs, wd=run.wd)
     result = fit_and_measure(learn, run.epochs, run.lr, run.callbacks(), run.bn_batches)
     report = sparsity_report(learn.model).set_index('layer')
-    return result | dict(reached=report.sparsity['total'], zeros=report.zeros[report['shape']!=''].to_dict())
+    return result | dict(reached=report.sparsity['total'], zeros=report.zeros[report['shape']!=''].to_dict(),
+        digest=digest(dls.train_ds, dls.valid_ds))
 
 # %% ../../nbs/experiments/33_grid.ipynb #1fab0025
 def _commit():

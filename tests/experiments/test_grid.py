@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, time, warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import onecycle_prune.experiments.grid as compare, pytest, torch
+import onecycle_prune.experiments.data as data, onecycle_prune.experiments.grid as compare, pytest, torch
 from onecycle_prune.batchnorm import estimate_batchnorms
 from onecycle_prune.experiments.grid import Run, grid, make_record, train
 from onecycle_prune.experiments.data import get_dls
@@ -11,6 +11,7 @@ from onecycle_prune.experiments.analysis import read_runs
 from onecycle_prune.experiments.networks import get_arch
 from onecycle_prune.experiments.records import append_record, read_records
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from reference import layers_of
 
@@ -291,6 +292,22 @@ def test_record_says_what_was_trained(monkeypatch):
     assert r['reached'] == sum(zeros.values())/sum(weights.values())
     assert r['accuracy'] == pytest.approx(accuracy_of(model))
     assert json.loads(json.dumps(r)) == r and r['torch'] and r['device'] and r['version']
+
+
+@pytest.mark.parametrize('same', [True, False])
+def test_other_copies_of_the_images(same, tmp_path, monkeypatch):
+    "Trainings on other copies of the images are never put into one table in silence."
+    out = tmp_path/'runs.jsonl'
+    append_record(out, make_record(run))
+    *images, vocab = data.load_images('digits', 8)
+    if not same: images = [TensorDataset(255-ds.tensors[0], ds.tensors[1]) for ds in images]
+    monkeypatch.setattr(data, 'load_images', lambda *args: (*images, vocab))
+    append_record(out, make_record(replace(run, seed=1)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        assert len(read_runs(out)) == 2
+    said = ['Trainings on digits saw different copies of its images. Do not compare their accuracies.']
+    assert [str(w.message) for w in caught] == ([] if same else said)
 
 
 def test_all_schedules_start_alike(monkeypatch):
