@@ -117,7 +117,7 @@ def fit_and_measure(
 # %% ../../nbs/experiments/33_grid.ipynb #f85c7802
 def train(
     run:Run # The training to do
-)->dict: # As of `fit_and_measure`, with reached, in [0, 1]; zeros, {layer name: number}; and the `digest` of the images
+)->dict: # As of `fit_and_measure`, with reached, the sparsity, in [0, 1]; zeros, {layer name: number}; `digest`
     "Train with the settings of `run`"
     # The seed is set before the data loaders are made, since they take the order of their batches from it.
     set_seed(run.seed, reproducible=True)
